@@ -1,0 +1,511 @@
+"""Every record and every contract of thrifty. Read this file first: it is the whole house.
+
+Records are frozen dataclasses; token ids and per-token values are numpy arrays. A method is a frozen
+dataclass whose fields are its hyperparameters, with one or two verbs. Data flows one way: problems ->
+requests -> traces -> outcomes. Methods never count tokens: the meter stands on the model (see
+``engines/meter.py``) and the runner (``engines/runner.py``) counts text.
+
+This module imports numpy and the standard library only, so that ``import thrifty`` stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import random
+
+    import torch
+    from torch import Tensor
+
+FAMILIES: tuple[str, ...] = (
+    "traces.make", "traces.compress", "traces.select", "traces.perturb",
+    "tune.adapter", "tune.sparse", "tune.objective", "tune.reward", "tune.latent",
+    "weights.merge", "weights.shrink", "weights.codec",
+    "decode.control", "decode.patch", "decode.accelerate",
+    "solve.prompt", "solve.search", "solve.verify", "solve.route", "solve.tools",
+    "measure.metric", "measure.diagnose", "measure.bench",
+    "recipes",
+)  # fmt: skip
+
+
+class ThriftyError(Exception):
+    """A mistake the user can mend. The message names the file, row or key, and the remedy."""
+
+
+class OutOfBudget(Exception):  # noqa: N818 - it is a signal thrown into a strategy, not a fault
+    """Thrown into a strategy at its ``yield`` when the problem's budget is spent."""
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+Split: TypeAlias = Literal["train", "calibration", "dev", "test"]
+Finish: TypeAlias = Literal["stop", "until", "length", "cancelled", "context"]
+"""Why a trace ended: end-of-sequence; a stop string; the token limit; stopped from outside; context full."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer. ``answer`` is None where no gold is known."""
+
+    id: str
+    prompt: str
+    answer: str | None
+    task: str = ""
+    level: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """``score`` in [0, 1]; ``parsed`` is the answer that was found, None when there was none."""
+
+    score: float
+    parsed: str | None
+    message: str = ""
+
+    @property
+    def right(self) -> bool:
+        return self.score >= 1.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``[start, end)`` of a trace. ``origin`` says who wrote them."""
+
+    start: int
+    end: int
+    kind: Literal["thought", "answer", "work", "check", "branch", "plan", "tail", "tool"]
+    origin: Literal["sampled", "injected", "tool", "latent"] = "sampled"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What something cost, in tokens, calls and seconds. Unknown is None, never 0."""
+
+    prompt: int = 0
+    """Prompt tokens read anew."""
+    cached: int = 0
+    """Prompt or prefix tokens taken from a cache."""
+    thought: int = 0
+    """Tokens sampled before the chain closed."""
+    answer: int = 0
+    """Tokens sampled after it."""
+    injected: int = 0
+    """Tokens forced by a control or put in by a strategy, not sampled."""
+    discarded: int = 0
+    """Sampled tokens of cancelled rows (a subset of thought + answer)."""
+    calls: int = 0
+    seconds: float = 0.0
+
+    @property
+    def generated(self) -> int:
+        return self.thought + self.answer + self.injected
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One sampled continuation of a prompt, prefix included.
+
+    ``ids`` are the response's token ids ``[T]`` int32, beginning with the request's prefix; ``start`` is how
+    many of them were that prefix. ``thought`` and ``response`` are the decoded text before and after the
+    chain's closing tag, tags excluded; ``closed`` says whether the chain was closed. ``answer`` is what the task's parser found in a
+    finished response (None: nothing, or unfinished). ``logprobs`` and ``entropies`` are float32 ``[T - start]``.
+    """
+
+    ids: np.ndarray
+    thought: str
+    response: str
+    closed: bool
+    finish: Finish
+    start: int = 0
+    answer: str | None = None
+    spans: tuple[Span, ...] = ()
+    logprobs: np.ndarray | None = None
+    entropies: np.ndarray | None = None
+    usage: Usage = Usage()
+    problem: str = ""
+    """Id of the problem."""
+    path: tuple[int, ...] = ()
+    """Where in the strategy the request stood: the key of its random stream."""
+
+    @property
+    def complete(self) -> bool:
+        """Ended by itself with the chain closed. An unclosed chain is incomplete, not wrong."""
+        return self.closed and self.finish == "stop"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """All samples of one problem in one step of reinforcement learning."""
+
+    problem: Problem
+    traces: Sequence[Trace]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a strategy made of one problem: the chosen trace, all that were tried, what it cost."""
+
+    problem: Problem
+    chosen: Trace | None
+    grade: Grade
+    tried: Sequence[Trace]
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits per problem; None is no limit. ``tokens`` counts generated tokens."""
+
+    tokens: int | None = None
+    calls: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder with ``artifact.json`` (what made it, from what) and safetensors or Parquet beside it."""
+
+    folder: Path
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The literal at the head of a method's file, read without importing it (see ``registry.py``)."""
+
+    key: str
+    """Kebab-case; the file is ``key.replace('-', '_') + '.py'``."""
+    title: str
+    arxiv: str | None = None
+    year: int | None = None
+    saves: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    """Engine capabilities the method cannot do without."""
+    baseline: bool = False
+    """A baseline every method is compared with; stands in no paper list."""
+
+
+# --------------------------------------------------------------------------------------------- requests
+
+Prompt: TypeAlias = "str | Sequence[Mapping[str, str]]"
+"""A user's question, or chat messages. The engine renders it through the model's chat template."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Ask for ``n`` continuations of ``prompt``. Answered by a list of ``n`` traces, in index order.
+
+    With ``first=m`` the ``m`` with the fewest tokens (ties by index) run to their end and the others are stopped
+    at that many tokens: they come back too, with ``finish == "cancelled"``. ``prefix`` continues, forks or rewinds a
+    response. ``until`` ends a row after a stop string (kept in the trace). ``max_tokens`` counts new tokens.
+    """
+
+    prompt: Prompt
+    n: int = 1
+    first: int | None = None
+    prefix: Sequence[int] | np.ndarray = ()
+    until: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    role: str = "main"
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    """LoRA name -> strength for these rows."""
+    controls: tuple[Control, ...] = ()
+    patches: tuple[tuple[Patch, float], ...] = ()
+    decoder: Decoder | None = None
+    want: frozenset[str] = frozenset()
+    """Of {"logprobs", "entropies"}."""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Log-probability of each continuation (text) after ``prompt`` + ``prefix``; answered by list[float].
+
+    Prefill only: nothing is generated.
+    """
+
+    prompt: Prompt
+    continuations: tuple[str, ...]
+    prefix: Sequence[int] | np.ndarray = ()
+    role: str = "main"
+    adapters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Run a tool; answered by its text."""
+
+    tool: Callable[[str], str]
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class All:
+    """Side by side; answered by the list of answers. Items are requests or talks (generators)."""
+
+    items: Sequence[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class First:
+    """Side by side; the ``m`` with the fewest generated tokens win (ties by index), the rest is stopped.
+
+    Answered by a list of ``(index, answer)`` for the winners, cheapest first.
+    """
+
+    m: int
+    items: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Stream a piece of text to whoever listens; answered by None."""
+
+    text: str
+
+
+Request: TypeAlias = Sample | Score | Call | All | First | Emit
+Talk: TypeAlias = Generator[Any, Any, Any]
+"""A generator that yields requests and is sent their answers. ``[trace] = yield Sample(...)``."""
+
+# ---------------------------------------------------------------------------------------------- contracts
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Problems with an exact checker. ``problems`` is a pure function of its arguments; splits are disjoint."""
+
+    name: str
+    levels: tuple[int, ...]
+
+    def problems(self, split: Split, n: int, seed: int = 0, levels: Sequence[int] | None = None) -> list[Problem]:
+        """``n`` problems, spread evenly over ``levels``; fewer only when the source has no more."""
+        ...
+
+    def parse(self, response: str) -> str | None:
+        """The final answer in a response, normalised so that equal answers are equal strings."""
+        ...
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """Grade the response (never the chain). An unparsable gold or response is never right."""
+        ...
+
+
+class Engine(Protocol):
+    """Rows in, traces out, by continuous batching: the runner submits, polls, limits and cancels.
+
+    ``capabilities`` is a subset of {"prefix", "logprobs", "entropies", "adapters", "controls", "patches",
+    "decoder", "cancel", "score", "seed"}.
+    """
+
+    name: str
+    capabilities: frozenset[str]
+
+    def submit(self, ticket: int, request: Sample | Score, key: tuple[Hashable, ...]) -> None:
+        """Queue one row (``n`` and ``first`` are the runner's affair). ``key`` seeds its random stream."""
+        ...
+
+    def poll(self) -> list[tuple[int, Trace | list[float]]]:
+        """Work until at least one row has ended; return all that have. Empty when nothing is queued."""
+        ...
+
+    def limit(self, ticket: int, tokens: int) -> None:
+        """End the row as "cancelled" once it has ``tokens`` new tokens (at once if it has them already)."""
+        ...
+
+    def thinking(self, prompt: Prompt) -> tuple[str, str]:
+        """The model's opening and closing tag of a chain, ("", "") where it has none."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that continues a response: for prefixes that a strategy writes itself."""
+        ...
+
+
+class Strategy(Protocol):
+    """Solve one problem by talking: yield requests, return the chosen trace (None: gave up)."""
+
+    def solve(self, problem: Problem, rng: random.Random) -> Talk: ...
+
+
+class Verifier(Protocol):
+    """Rate traces of one problem; the talk returns list[float], higher is better."""
+
+    def rate(self, problem: Problem, traces: Sequence[Trace], rng: random.Random) -> Talk: ...
+
+
+class Router(Protocol):
+    """Choose among named arms; the talk returns the names to run, in order."""
+
+    def route(self, problem: Problem, arms: Sequence[str], rng: random.Random) -> Talk: ...
+
+
+class Prompter(Protocol):
+    def prompt(self, problem: Problem, ctx: Context) -> Prompt: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What a control may see of one row: its own response so far."""
+
+    ids: Sequence[int]
+    new: int
+    """How many of ``ids`` were made in this request (the rest is prefix)."""
+
+
+class Control(Protocol):
+    """Steer decoding from a row's own tokens and logits. State is passed in and returned.
+
+    ``step`` gets one ``Tail`` per row, ``logits`` ``[B, V]`` and one state per row, and returns logits, per row a tuple of
+    token ids to force (empty: none) and per row whether to stop now, and the new states.
+    """
+
+    def start(self, tokenizer: Any) -> Any:
+        """The state of a new row."""
+        ...
+
+    def step(
+        self, tails: Sequence[Tail], logits: Tensor, states: Sequence[Any]
+    ) -> tuple[Tensor, list[tuple[int, ...]], list[bool], list[Any]]: ...
+
+
+class Patch(Protocol):
+    """Change hidden states, routers or scales while a forward runs; ``strength`` is ``[B]``, one per row."""
+
+    def apply(self, model: torch.nn.Module, strength: Tensor) -> Any:
+        """A context manager, entered around every forward of the rows."""
+        ...
+
+
+class Decoder(Protocol):
+    """Own the decoding loop of some rows (drafts, trees, latents). ``forward`` is the only way to the model."""
+
+    def decode(self, rows: Sequence[Any], forward: Callable[..., Any]) -> Iterator[tuple[int, Any]]: ...
+
+
+class Maker(Protocol):
+    def make(self, problem: Problem, ctx: Context) -> list[Trace]: ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain of thought as text: what compressors and tracers work on."""
+
+    problem: Problem
+    thought: str
+    response: str
+    strength: float = 1.0
+    """Adapter strength at which to train on it (CoT-Valve++)."""
+    source: str = ""
+
+
+class Compressor(Protocol):
+    """One for one; None drops the chain. Sees text, never how the text was written."""
+
+    def compress(self, chains: Sequence[Chain], ctx: Context) -> list[Chain | None]: ...
+
+
+class Selector(Protocol):
+    def select(self, chains: Sequence[Chain], ctx: Context) -> list[int]: ...
+
+
+class Perturber(Protocol):
+    def perturb(self, chain: Chain, rng: random.Random) -> Chain: ...
+
+
+class Adapter(Protocol):
+    def attach(self, model: Any, batches: Any) -> Any: ...
+
+    def fold(self, model: Any) -> Any: ...
+
+
+class Objective(Protocol):
+    """A loss. ``modules`` names extra parts to train (heads, auxiliary decoders)."""
+
+    def modules(self, model: Any) -> Mapping[str, Any]: ...
+
+    def loss(self, model: Any, batch: Any, step: int) -> tuple[Tensor, dict[str, float]]: ...
+
+
+class Source(Protocol):
+    """What to train on next: curriculum, allocation, mixture, memory. Saved and resumed with the loop."""
+
+    def next(self, step: int, feedback: Mapping[str, float]) -> Sequence[Any]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Reward(Protocol):
+    """Sees all groups of a step; returns one reward per trace per group."""
+
+    def score(self, groups: Sequence[Group], step: int) -> list[list[float]]: ...
+
+
+class Credit(Protocol):
+    """Per-token weights from rewards: advantages, masks; a group of all zeros is dropped."""
+
+    def weights(self, groups: Sequence[Group], rewards: list[list[float]], step: int) -> list[list[np.ndarray]]: ...
+
+
+class Hook(Protocol):
+    """Moving masks, gradient bias, freezing, moments. Every method is optional to a hook: inherit ``NoHook``."""
+
+    def before_step(self, state: Any) -> None: ...
+
+    def after_backward(self, state: Any) -> None: ...
+
+    def after_step(self, state: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Merger(Protocol):
+    def merge(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]: ...
+
+
+class Shrinker(Protocol):
+    def shrink(self, model: Any, chains: Sequence[Chain], ctx: Context) -> Artifact: ...
+
+
+class Codec(Protocol):
+    def encode(self, state: Mapping[str, Tensor]) -> bytes: ...
+
+    def decode(self, data: bytes) -> dict[str, Tensor]: ...
+
+
+class Metric(Protocol):
+    """One metric, one float; None where it is not defined. ``better`` says which way is up."""
+
+    better: Literal["higher", "lower"]
+
+    def measure(self, outcomes: Sequence[Outcome]) -> float | None: ...
+
+
+class Recipe(Protocol):
+    def run(self, lab: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a verb may use beyond its arguments: the task, a way to run strategies, and a random stream."""
+
+    task: Task | None = None
+    solve: Callable[[Strategy, Sequence[Problem]], list[Outcome]] | None = None
+    rng: random.Random | None = None
+    tokenizer: Any = None
