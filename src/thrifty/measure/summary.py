@@ -1,0 +1,110 @@
+"""One setting's figures: the element of ``result.json``'s "settings"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from thrifty.contracts import Outcome
+from thrifty.measure import stats
+
+
+def summarise(
+    outcomes: Sequence[Outcome],
+    name: str,
+    alpha: float | None = None,
+    price: tuple[float, float] | None = None,
+    reference: Sequence[Outcome] | None = None,
+) -> dict[str, Any]:
+    """Accuracy, completion and cost of one setting. Means are per problem, over all traces that it tried.
+
+    Accuracy is the share of problems answered right, with a 95 % interval; null where no problem has a gold answer.
+    ``price`` is money per million input and output tokens (cached input is charged as input: an upper bound).
+    ``reference`` are the outcomes of another setting on the same problems: "agreement" is then the share of problems on
+    which both gave the same parsed answer, for logs without gold.
+    """
+    figures: dict[str, Any] = {"name": name, "alpha": alpha, **_figures(outcomes)}
+    usage = [o.usage for o in outcomes]
+    generated = sum(u.generated for u in usage)
+    figures |= {
+        "answer_tokens": _mean([u.answer for u in usage]),
+        "prompt_tokens": _mean([u.prompt for u in usage]),
+        "cached_tokens": _mean([u.cached for u in usage]),
+        "injected_tokens": _mean([u.injected for u in usage]),
+        "discarded_tokens": _mean([u.discarded for u in usage]),
+        "tokens_per_right_answer": _per(generated, outcomes, figures["accuracy"]),
+        "seconds": _mean([u.seconds for u in usage]),
+        "calls": _mean([u.calls for u in usage]),
+        "tried": _mean([len(o.tried) for o in outcomes]),
+        "unparsed": sum(o.grade.parsed is None for o in outcomes),
+        "ungraded": sum(o.problem.answer is None for o in outcomes),
+    }
+    if outcomes:
+        thought = [u.thought for u in usage]
+        spread = stats.mean(thought, [o.problem.level for o in outcomes])
+        figures |= {"thought_tokens_low": spread.low, "thought_tokens_high": spread.high}
+        figures["median_thought_tokens"] = float(np.median(thought))
+    if price is not None:
+        money = sum((u.prompt + u.cached) * price[0] + u.generated * price[1] for u in usage) / 1e6
+        figures |= {
+            "money": money / len(outcomes) if outcomes else None,
+            "money_per_right_answer": _per(money, outcomes, figures["accuracy"]),
+        }
+    if reference is not None:
+        figures |= _agreement(outcomes, reference)
+    figures["by_level"] = _by_level(outcomes)
+    return figures
+
+
+def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What is told for all problems and again for each level."""
+    graded = [o for o in outcomes if o.problem.answer is not None]
+    complete = [o for o in graded if o.chosen is not None and o.chosen.complete]
+    share = (
+        stats.accuracy(
+            [o.grade.right for o in graded], [o.problem.id for o in graded], [o.problem.level for o in graded]
+        )
+        if graded
+        else None
+    )
+    return {
+        "n": len(outcomes),
+        "accuracy": share.value if share else None,
+        "accuracy_low": share.low if share else None,
+        "accuracy_high": share.high if share else None,
+        "completion_rate": _mean([o.chosen is not None and o.chosen.complete for o in outcomes]),
+        "accuracy_given_completion": _mean([o.grade.right for o in complete]),
+        "thought_tokens": _mean([o.usage.thought for o in outcomes]),
+    }
+
+
+def _by_level(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    keys = sorted({(o.problem.task, o.problem.level) for o in outcomes})
+    return [
+        {"task": task, "level": level}
+        | _figures([o for o in outcomes if (o.problem.task, o.problem.level) == (task, level)])
+        for task, level in keys
+    ]
+
+
+def _agreement(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> dict[str, Any]:
+    """Same parsed answer as the reference; a missing answer agrees with nothing."""
+    theirs = {o.problem.id: o.grade.parsed for o in reference}
+    shared = [o for o in outcomes if o.problem.id in theirs]
+    if not shared:
+        return {"agreement": None, "agreement_low": None, "agreement_high": None}
+    same = [o.grade.parsed is not None and o.grade.parsed == theirs[o.problem.id] for o in shared]
+    share = stats.accuracy(same, [o.problem.id for o in shared], [o.problem.level for o in shared])
+    return {"agreement": share.value, "agreement_low": share.low, "agreement_high": share.high}
+
+
+def _per(total: float, outcomes: Sequence[Outcome], accuracy: float | None) -> float | None:
+    """``total`` per right answer; None without gold or without a right answer."""
+    right = sum(o.grade.right for o in outcomes if o.problem.answer is not None)
+    return total / right if accuracy is not None and right else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
