@@ -5,7 +5,7 @@ dataclass whose fields are its hyperparameters, with one or two verbs. Data flow
 requests -> traces -> outcomes. Methods never count tokens: the meter stands on the model (see
 ``engines/meter.py``) and the runner (``engines/runner.py``) counts text.
 
-This module imports numpy and the standard library only, so that ``import thrifty`` stays fast.
+This module imports the standard library alone (numpy and torch for type checkers only): ``thrifty list`` stays fast.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
-
 if TYPE_CHECKING:
     import random
 
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -198,6 +197,9 @@ class Card:
 
 # --------------------------------------------------------------------------------------------- requests
 
+END_OF_THOUGHT = "<|end of thought|>"
+"""In ``Sample.until`` and ``Sample.inject``: the model's own closing tag of a chain, filled in by the engine."""
+
 Prompt: TypeAlias = "str | Sequence[Mapping[str, str]]"
 """A user's question, or chat messages. The engine renders it through the model's chat template."""
 
@@ -215,6 +217,8 @@ class Sample:
     n: int = 1
     first: int | None = None
     prefix: Sequence[int] | np.ndarray = ()
+    inject: str = ""
+    """Text put in after the prefix; its tokens open the new part of the trace and count as injected."""
     until: tuple[str, ...] = ()
     max_tokens: int | None = None
     temperature: float | None = None
@@ -231,7 +235,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Log-probability of each continuation (text) after ``prompt`` + ``prefix``; answered by list[float].
+    """Log-probability of each continuation (text) after ``prompt`` + ``prefix``; the talk is sent list[float].
 
     Prefill only: nothing is generated.
     """
@@ -241,6 +245,14 @@ class Score:
     prefix: Sequence[int] | np.ndarray = ()
     role: str = "main"
     adapters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """An engine's reply to ``Score``; the talk is sent ``values`` alone."""
+
+    values: list[float]
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,8 +329,8 @@ class Engine(Protocol):
         """Queue one row (``n`` and ``first`` are the runner's affair). ``key`` seeds its random stream."""
         ...
 
-    def poll(self) -> list[tuple[int, Trace | list[float]]]:
-        """Work until at least one row has ended; return all that have. Empty when nothing is queued."""
+    def poll(self) -> list[tuple[int, Trace | Scores]]:
+        """Work for a slice of time, less when a row ends; return all that have ended (often none)."""
         ...
 
     def limit(self, ticket: int, tokens: int) -> None:
