@@ -26,11 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import yaml
-
 from thrifty.contracts import FAMILIES, Card, ThriftyError
+from thrifty.papers import PACKAGE, papers
 
-PACKAGE = Path(__file__).parent
 ENTRY_POINTS = "thrifty.methods"
 
 CATEGORIES: tuple[str, ...] = (*FAMILIES, "arch", "modality", "distributed", "survey")
@@ -47,20 +45,6 @@ VERBS = (
     *("encode", "measure", "run"),
 )
 """Every verb of ``contracts``. The class of a method's file that has one is the method."""
-
-
-@dataclass(frozen=True)
-class Paper:
-    """One entry of ``papers.yaml``. ``system`` is the key of the paper whose file also covers this one."""
-
-    key: str
-    title: str
-    arxiv: str | None
-    year: int
-    family: str
-    saves: tuple[str, ...]
-    priority: int
-    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,17 +92,6 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     word = word.lower().replace("_", "-")
     near = get_close_matches(word, names, n=3, cutoff=0.6) or [name for name in names if len(word) > 2 and word in name]
     return f" Did you mean {' or '.join(repr(names[name]) for name in near[:3])}?" if near else ""
-
-
-# ------------------------------------------------------------------------------------------------ papers
-
-
-def papers() -> dict[str, Paper]:
-    """All papers of ``papers.yaml`` by key, in the file's order."""
-    # A wheel carries the file inside the package; a checkout has it at the top.
-    path = next(p for p in (PACKAGE / "papers.yaml", PACKAGE.parents[1] / "papers.yaml") if p.exists())
-    rows = yaml.load(path.read_text("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return {row["key"]: Paper(**{**row, "saves": tuple(row["saves"])}) for row in rows}
 
 
 # ----------------------------------------------------------------------------------------------- methods
