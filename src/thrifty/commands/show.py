@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from thrifty import registry
-from thrifty.contracts import ThriftyError
 
 
 @click.command()
@@ -54,8 +53,8 @@ def _fields(method: registry.Method) -> None:
     click.secho("\nfields", bold=True)
     try:
         cls = registry.method_class(method)
-    except (ThriftyError, ImportError) as error:
-        click.echo(f"  unknown, since the code cannot be used: {error}")
+    except Exception as error:  # somebody's new file: whatever is wrong with it, the card can still be shown
+        click.echo(f"  unknown, since the code cannot be used: {type(error).__name__}: {error}")
         return
     for spec in dataclasses.fields(cls):
         kind = spec.type if isinstance(spec.type, str) else inspect.formatannotation(spec.type)
