@@ -1,0 +1,387 @@
+"""Problems from tables: files and Hugging Face data sets, with their columns found, split by content.
+
+One streaming pass checks every row and keeps 21 bytes of it (content key, position, table, level, flags); the rows
+that are asked for are then read by position. So a million rows cost seconds and some ten megabytes.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from thrifty.contracts import Grade, Problem, Split, ThriftyError
+from thrifty.tasks import answers
+from thrifty.tasks.spec import (
+    SPLITS,
+    as_dataset,
+    check_split,
+    content_key,
+    did_you_mean,
+    level_of,
+    shuffled,
+    split_codes,
+)
+from thrifty.tasks.tables import Row, Table, open_table
+
+if TYPE_CHECKING:
+    import datasets
+
+QUESTION = ("question", "problem", "prompt", "input", "query", "instruction")
+ANSWER = (
+    "answer", "solution", "target", "output", "label", "gold",
+    "final_answer", "expected_answer", "correct_answer", "ground_truth", "answerkey", "response",
+)  # fmt: skip
+CHAIN = ("solution", "rationale", "reasoning", "chain", "explanation", "cot", "thought", "generated_solution")
+CHOICES = ("choices", "options")
+LEVEL = ("level", "difficulty")
+_QUICK: Mapping[str, Callable[[str], object]] = {
+    # null and nan begin with n; a mark or tag needs reading
+    answers.PLAIN: re.compile(r"[-+.$(0-9a-mo-zA-MO-Z][^\\<#\n]{0,99}").fullmatch,
+    answers.GSM8K: lambda text: text[-1:].isdigit() and "####" in text and "</think>" not in text,
+}
+"""Gold answers for which a glance shows that they can be read."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what."""
+
+    question: str
+    answer: str | None
+    chain: str | None = None
+    choices: str | None = None
+    level: str | None = None
+
+
+def find_columns(name: str, found: Sequence[str], question: str | None, answer: str | None, gold: bool) -> Columns:
+    """Match a table's columns by name; a missing one raises ``ThriftyError`` that lists those found."""
+
+    def pick(named: str | None, candidates: tuple[str, ...], taken: tuple[str | None, ...] = ()) -> str | None:
+        if named is not None:
+            if named not in found:
+                raise ThriftyError(
+                    f"{name} has no column {named!r}. {did_you_mean(named, found)}Columns found: {', '.join(found)}."
+                )
+            return named
+        by_name = {column.casefold(): column for column in reversed(found) if column not in taken}
+        return next((by_name[candidate] for candidate in candidates if candidate in by_name), None)
+
+    columns = {"question": pick(question, QUESTION)}
+    columns["answer"] = pick(answer, ANSWER, (columns["question"],)) if gold else None
+    for role in ("question", "answer") if gold else ("question",):
+        if columns[role] is None:
+            names = ", ".join(QUESTION if role == "question" else ANSWER)
+            raise ThriftyError(
+                f"{name} has no {role} column. Columns found: {', '.join(found) or '(none)'}. Name it with "
+                f"?{role}=COLUMN (in Python: {role}='COLUMN'), or rename it to one of: {names}."
+            )
+    taken = (columns["question"], columns["answer"])
+    return Columns(
+        question=str(columns["question"]),
+        answer=columns["answer"],
+        chain=pick(None, CHAIN, taken) if gold else None,
+        choices=pick(None, CHOICES, taken),
+        level=pick(None, LEVEL, taken),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """What the scan keeps of every usable row, by table and position; duplicates removed."""
+
+    keys: np.ndarray
+    """Content keys, uint64 ``[N]``."""
+    positions: np.ndarray
+    """int64 ``[N]``."""
+    tables: np.ndarray
+    """uint8 ``[N]``."""
+    splits: np.ndarray
+    """Indices in ``SPLITS``, uint8 ``[N]``."""
+    levels: np.ndarray
+    """int16 ``[N]``."""
+    rows: int
+    duplicates: int
+    empty: int
+    """Rows without a question."""
+    first_empty: str
+    unparsable: int
+    """Usable rows whose gold answer cannot be parsed."""
+    first_unparsable: str
+
+
+class TableTask:
+    """Problems in one or more tables. Each table comes with the split all its rows belong to, or None: by content.
+
+    ``meta["chain"]`` is the reference chain where the source has one. A row whose gold answer cannot be parsed stays
+    a problem with ``answer=None`` and ``meta["unparsable"]`` (why): it is counted and never scored right.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tables: Sequence[tuple[Table, Split | None]],
+        *,
+        question: str | None = None,
+        answer: str | None = None,
+        gold: bool = True,
+    ) -> None:
+        self.name = name
+        # Rows of a declared split first: where a question stands in two tables, the declared split keeps it.
+        self._tables = sorted(tables, key=lambda pair: pair[1] is None)
+        self._columns = [find_columns(t.name, t.columns(), question, answer, gold) for t, _ in self._tables]
+        golds = []
+        for (table, _), columns in zip(self._tables, self._columns):
+            rows = table.peek()
+            if not rows:
+                raise ThriftyError(f"{table.name} has no rows: it holds no problem.")
+            golds += [self._gold_text(row, columns) for row in rows] if columns.answer else []
+        texts = [text for text in golds if text is not None]
+        self._layout = answers.layout(texts)
+        read = [found.answer for text in texts if (found := answers.read_gold(text, self._layout)).answer]
+        numbers = [answers.number(text) is not None for text in read]
+        self.numeric = True if numbers and all(numbers) else None if any(numbers) or not numbers else False
+        self._index = self._build()
+        self.levels = tuple(int(level) for level in np.unique(self._index.levels))
+        self.unparsable = self._index.unparsable
+
+    # ------------------------------------------------------------------------------------------ problems
+
+    def problems(self, split: Split, n: int, seed: int = 0, levels: Sequence[int] | None = None) -> list[Problem]:
+        """``n`` problems of the split, spread evenly over levels: the same ones whatever the order of the rows."""
+        code = check_split(split)
+        index = self._index
+        chosen = np.flatnonzero(index.splits == code)
+        if chosen.size == 0 and n > 0:
+            sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+            raise ThriftyError(
+                f"split {split!r} of {self.name} is empty; its splits hold: {sizes}. "
+                f"With ?split={split} every row goes to {split!r}."
+            )
+        if levels is not None:
+            chosen = chosen[np.isin(index.levels[chosen], np.asarray(list(levels), dtype=np.int16))]
+        chosen = chosen[np.argsort(shuffled(index.keys[chosen], seed), kind="stable")]
+        rank = np.empty(chosen.size, dtype=np.int64)
+        for level in np.unique(index.levels[chosen]):
+            members = index.levels[chosen] == level
+            rank[members] = np.arange(int(members.sum()))
+        chosen = chosen[np.argsort(rank, kind="stable")][: max(n, 0)]
+        problems: dict[int, Problem] = {}
+        for number, (table, _) in enumerate(self._tables):
+            mine = [int(i) for i in chosen if index.tables[i] == number]
+            for i, row in zip(mine, table.fetch([int(index.positions[i]) for i in mine]) if mine else []):
+                problems[i] = self._problem(int(index.keys[i]), row, self._columns[number], int(index.levels[i]))
+        return [problems[int(i)] for i in chosen]
+
+    def _problem(self, key: int, row: Row, columns: Columns, level: int) -> Problem:
+        prompt = question_text(row.get(columns.question), row.get(columns.choices) if columns.choices else None)
+        meta: dict[str, Any] = {}
+        answer = None
+        if columns.answer:
+            gold = answers.read_gold(self._gold_text(row, columns) or "", self._layout)
+            answer, chain = gold.answer, gold.chain
+            if columns.chain and isinstance(row.get(columns.chain), str) and row[columns.chain].strip():
+                chain = answers.read_gold(row[columns.chain]).chain or row[columns.chain].strip()
+            if chain:
+                meta["chain"] = _clean(chain)
+            if gold.why:
+                meta["unparsable"] = gold.why
+        return Problem(
+            id=f"{self.name}/{key:016x}",
+            prompt=_clean(prompt or ""),
+            answer=None if answer is None else _clean(answer),
+            task=self.name,
+            level=level,
+            meta=meta,
+        )
+
+    @staticmethod
+    def _gold_text(row: Mapping[str, Any], columns: Columns) -> str | None:
+        assert columns.answer is not None
+        return gold_text(row.get(columns.answer), row.get(columns.choices) if columns.choices else None)
+
+    # -------------------------------------------------------------------------------------------- index
+
+    def _build(self) -> _Index:
+        parts: list[_Index] = []
+        for number, ((table, split), columns) in enumerate(zip(self._tables, self._columns)):
+            parts.append(self._scan(number, table, split, columns))
+        keys = np.concatenate([part.keys for part in parts])
+        _, first = np.unique(keys, return_index=True)
+        first.sort()
+        positions, tables, splits, levels = (
+            np.concatenate([getattr(part, name) for part in parts])[first]
+            for name in ("positions", "tables", "splits", "levels")
+        )
+        index = _Index(
+            keys=keys[first], positions=positions, tables=tables, splits=splits, levels=levels,
+            rows=sum(part.rows for part in parts),
+            duplicates=keys.size - first.size,
+            empty=sum(part.empty for part in parts),
+            first_empty=next((part.first_empty for part in parts if part.first_empty), ""),
+            unparsable=sum(part.unparsable for part in parts),
+            first_unparsable=next((part.first_unparsable for part in parts if part.first_unparsable), ""),
+        )  # fmt: skip
+        if not index.keys.size:
+            raise ThriftyError(
+                f"{self.name} has no usable problem: none of its {index.rows:,} rows has a question"
+                f"{' (' + index.first_empty + ')' if index.first_empty else ''}. Name the column with ?question=COLUMN."
+            )
+        if index.unparsable >= keys.size:
+            raise ThriftyError(
+                f"{self.name} has no usable problem: none of its {index.rows:,} gold answers can be parsed "
+                f"({index.first_unparsable}). Name the right column with ?answer=COLUMN."
+            )
+        return index
+
+    def _scan(self, number: int, table: Table, split: Split | None, columns: Columns) -> _Index:
+        names = [columns.question] + [c for c in (columns.answer, columns.choices, columns.level) if c]
+        answer_at = 1 if columns.answer else None
+        choices_at = names.index(columns.choices) if columns.choices else None
+        level_at = names.index(columns.level) if columns.level else None
+        keys, positions, levels = array("Q"), array("q"), array("h")
+        rows = empty = unparsable = 0
+        first_empty = first_unparsable = ""
+        for position, row, values in table.scan(names):
+            rows += 1
+            question = values[0]
+            if type(question) is not str or choices_at is not None:
+                question = question_text(question, None if choices_at is None else values[choices_at], table.name, row)
+            if question is None or not question.strip():
+                empty += 1
+                first_empty = first_empty or f"row {row} of {table.name} has none"
+                continue
+            keys.append(content_key(question))
+            positions.append(position)
+            levels.append(0 if level_at is None else level_of(values[level_at]))
+            if answer_at is None:
+                continue
+            answer = values[answer_at]
+            # Reading a short plain answer cannot fail but by being empty; the rest is read in full.
+            if type(answer) is str and choices_at is None and (quick := _QUICK.get(self._layout)) and quick(answer):
+                continue
+            text = gold_text(answer, None if choices_at is None else values[choices_at])
+            why = answers.read_gold(text or "", self._layout).why
+            if why:
+                unparsable += 1
+                first_unparsable = first_unparsable or f"row {row} of {table.name}: {why}"
+        key_array = np.frombuffer(keys, dtype=np.uint64) if keys else np.zeros(0, np.uint64)
+        n = key_array.size
+        if split is None:
+            splits = split_codes(key_array)
+            if any(declared == "test" for _, declared in self._tables):
+                # The source has its own test set: what would fall into ours goes to train.
+                splits[splits == SPLITS.index("test")] = SPLITS.index("train")
+        else:
+            splits = np.full(n, SPLITS.index(split), dtype=np.uint8)
+        return _Index(
+            key_array,
+            np.frombuffer(positions, dtype=np.int64) if positions else np.zeros(0, np.int64),
+            np.full(n, number, dtype=np.uint8),
+            splits,
+            np.frombuffer(levels, dtype=np.int16) if levels else np.zeros(0, np.int16),
+            rows, 0, empty, first_empty, unparsable, first_unparsable,
+        )  # fmt: skip
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Different problems in each split."""
+        return {split: int((self._index.splits == i).sum()) for i, split in enumerate(SPLITS)}
+
+    def notes(self) -> list[str]:
+        """What a report should say about the source: rows left out, gold answers that cannot be parsed."""
+        index, notes = self._index, []
+        if index.unparsable:
+            notes.append(
+                f"{index.unparsable:,} of {index.rows:,} gold answers cannot be parsed and are never scored right "
+                f"(first: {index.first_unparsable})"
+            )
+        if index.empty:
+            notes.append(f"{index.empty:,} of {index.rows:,} rows left out: no question (first: {index.first_empty})")
+        if index.duplicates:
+            notes.append(f"{index.duplicates:,} of {index.rows:,} rows left out: their question was there before")
+        return notes
+
+    # -------------------------------------------------------------------------------------------- grading
+
+    def parse(self, response: str) -> str | None:
+        """The final answer in a response, normalised (see ``answers``)."""
+        return answers.parse(response, self.numeric)
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        """1 for an answer equal to the gold answer, else 0 with the reason."""
+        parsed = self.parse(response)
+        if problem.answer is None:
+            why = problem.meta.get("unparsable", "the problem has none")
+            return Grade(0.0, parsed, f"the gold answer cannot be parsed ({why}): never scored right")
+        if parsed is None:
+            return Grade(0.0, None, "no answer found in the response")
+        return answers.compare(problem.answer, parsed)
+
+    def as_dataset(self, split: Split, n: int, seed: int = 0) -> datasets.Dataset:
+        """Problems as a ``datasets.Dataset``."""
+        return as_dataset(self, split, n, seed)
+
+
+def question_text(value: Any, choices: Any = None, name: str = "", row: int = 0) -> str | None:
+    """The text of a question: a text, a number, or messages whose user turn is taken; choices are lettered below."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
+        turns = [m["content"] for m in value if m.get("role", m.get("from")) in ("user", "human")]
+        value = turns[-1] if turns else None
+        if value is None:
+            return None
+    if isinstance(value, (int, float)):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ThriftyError(
+            f"{name}: the question in row {row} is {type(value).__name__}, not text. Name the text's column with "
+            "?question=COLUMN."
+        )
+    texts = choice_texts(choices)
+    return value + "".join(f"\n{letter}. {text}" for letter, text in texts.items()) if texts else value
+
+
+def choice_texts(choices: Any) -> dict[str, str]:
+    """Letter -> text of a multiple choice: a list (MMLU), or texts with labels (ARC)."""
+    if isinstance(choices, dict) and isinstance(choices.get("text"), (list, tuple)):
+        return {str(k): str(v) for k, v in zip(choices.get("label", string.ascii_uppercase), choices["text"])}
+    if isinstance(choices, dict) and all(len(str(key)) == 1 for key in choices):
+        return {str(key): str(value) for key, value in choices.items()}
+    return dict(zip(string.ascii_uppercase, map(str, choices))) if isinstance(choices, (list, tuple)) else {}
+
+
+def gold_text(value: Any, choices: Any = None) -> str | None:
+    """A gold answer as text; among choices its letter, whether given as letter, index or text."""
+    if value is None or value != value:
+        return None
+    texts = choice_texts(choices)
+    if texts and str(value) not in texts:
+        letters = list(texts)
+        if isinstance(value, int) and 0 <= value < len(letters):
+            return letters[value]
+        return next((letter for letter, text in texts.items() if text == str(value)), str(value))
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (dict, list, tuple)):
+        return ", ".join(map(str, value)) if not isinstance(value, dict) and value else None
+    return str(value)
+
+
+def _clean(text: str) -> str:
+    # Half a surrogate pair ("\ud83d" in JSON) cannot be written or tokenized.
+    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
+
+
+def file_task(
+    name: str, path: Path, *, question: str | None, answer: str | None, split: Split | None, gold: bool
+) -> TableTask:
+    """The task in a file; with ``split`` every row belongs to it, else rows are split by content."""
+    return TableTask(name, [(open_table(path), split)], question=question, answer=answer, gold=gold)
