@@ -1,0 +1,1 @@
+"""Training: the supervised loop (``supervised.py``), its batches, adapters and objectives."""

@@ -1,0 +1,233 @@
+"""Chains as token ids, and the layouts in which a step's documents go through a model.
+
+Two layouts keep documents apart. *Bucketed*: one document per row, rows of like length together, padded on the right;
+causal attention then never sees the padding, so no mask is needed. *Packed*: several documents per row,
+``position_ids`` restarting at every document; transformers builds the block-diagonal mask from the restarts when
+``attention_mask`` is None and no cache is used. ``packs`` asks a model whether it does. ``bench/train.py`` prints the
+speed of each.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thrifty.contracts import Chain, Problem, Prompt, ThriftyError
+
+if TYPE_CHECKING:
+    from thrifty.models.chat import ChatFormat
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One document: a prompt without loss, and the target to learn, end-of-sequence included."""
+
+    prompt_ids: Sequence[int] | np.ndarray
+    """May be empty: the first token of the target is then given, not learnt."""
+    target_ids: Sequence[int] | np.ndarray
+    strength: float = 1.0
+    """Adapter strength at which this document is trained (CoT-Valve++)."""
+    weight: float = 1.0
+    """Multiplies the loss of every target token."""
+    mask: Sequence[bool] | np.ndarray | None = None
+    """One per target token, False where it carries no loss (slips); None: all of them do."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
+
+    def loss_weights(self) -> np.ndarray:
+        """float32 ``[len(self)]``: the weight of predicting each token; 0 for the prompt and for the first token."""
+        weights = np.zeros(len(self), dtype=np.float32)
+        weights[len(self.prompt_ids) :] = self.weight if self.mask is None else self.weight * np.asarray(self.mask)
+        weights[:1] = 0.0
+        return weights
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows for one forward pass, all ``[B, T]``. ``labels[b, t]`` is the token after position t, and
+    ``weights[b, t]`` the weight of its loss: 0 at prompts, padding and document ends."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    strengths: Tensor | None
+    """Adapter strength ``[B]`` (bucketed) or ``[B, T]`` (packed); None when all are 1."""
+    tokens: int
+    """Tokens of documents, padding left out."""
+    examples: tuple[Example, ...]
+    """In row order."""
+    total: float = 1.0
+    """Loss weight of the whole step, over all its batches and processes: divide a sum of token losses by it."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(**{**vars(self), **moved})
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward: no mask and no cache, so that restarts isolate documents."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+
+
+def examples(
+    chains: Iterable[Chain],
+    chat: ChatFormat,
+    prompt: Callable[[Problem], Prompt] | None = None,
+    max_length: int | None = None,
+) -> list[Example]:
+    """Tokenise chains: the prompt through the chat template, then thought and response as the model would write them.
+
+    ``prompt`` makes the prompt of a problem (default: ``problem.prompt``). Documents longer than ``max_length`` tokens
+    are left out with a warning, never cut: a cut chain teaches not to finish. Raises ``ThriftyError`` if none is left.
+    """
+    end = chat.tokenizer.eos_token_id
+    if end is None:
+        raise ThriftyError("the tokenizer has no end-of-sequence token, so a model could not learn to stop: set one")
+    made, longest = [], 0
+    chains = list(chains)
+    for chain in chains:
+        asked = chat.prompt_ids(prompt(chain.problem) if prompt else chain.problem.prompt)
+        text = chat.target(chain.thought, chain.response)
+        target = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        longest = max(longest, len(asked) + len(target))
+        if max_length is None or len(asked) + len(target) <= max_length:
+            made.append(Example(np.asarray(asked, np.int32), np.asarray(target, np.int32), chain.strength))
+    if not made:
+        found = (
+            f"the longest of {len(chains)} has {longest} tokens, the limit is {max_length}" if chains else "no chains"
+        )
+        raise ThriftyError(f"nothing to train on: {found}; give chains, or raise max_length")
+    if len(made) < len(chains):
+        warnings.warn(
+            f"left out {len(chains) - len(made)} of {len(chains)} chains: longer than {max_length} tokens", stacklevel=2
+        )
+    return made
+
+
+def collate(rows: Sequence[Sequence[Example]]) -> Batch:
+    """Rows of documents as one batch, padded on the right to the longest row."""
+    width = max(sum(map(len, row)) for row in rows)
+    shape = (len(rows), width)
+    ids, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    weights, strengths = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    positions = np.broadcast_to(np.arange(width), shape).copy()
+    packed = any(len(row) > 1 for row in rows)
+    for r, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example)
+            ids[r, start:end] = np.concatenate([example.prompt_ids, example.target_ids])
+            labels[r, start : end - 1] = ids[r, start + 1 : end]
+            weights[r, start : end - 1] = example.loss_weights()[1:]
+            strengths[r, start:end] = example.strength
+            if packed:
+                positions[r, start:] -= positions[r, start]  # restart here, for the padding too
+            start = end
+        if packed:
+            positions[r, start:] -= positions[r, start] if start < width else 0
+        else:
+            strengths[r] = row[0].strength
+    flat = tuple(example for row in rows for example in row)
+    dialled = any(example.strength != 1.0 for example in flat)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weights),
+        strengths=torch.from_numpy(strengths if packed else strengths[:, 0]) if dialled else None,
+        tokens=sum(map(len, flat)),
+        examples=flat,
+    )
+
+
+def bucketed(documents: Sequence[Example], tokens: int) -> list[list[list[Example]]]:
+    """Batches of one-document rows of like length, each at most ``tokens`` positions with its padding."""
+    batches: list[list[list[Example]]] = []
+    for example in sorted(documents, key=len, reverse=True):
+        # Longest first, so the first row of a batch is its width.
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0][0]) > tokens:
+            batches.append([])
+        batches[-1].append([example])
+    return batches
+
+
+def packed(documents: Sequence[Example], tokens: int, row: int) -> list[list[list[Example]]]:
+    """Batches of rows of about ``row`` tokens, at most about ``tokens`` positions each.
+
+    The longest document goes into the emptiest row, so that rows come out even and padding stays at a few per cent.
+    """
+    count = math.ceil(sum(map(len, documents)) / max(row, max(map(len, documents))))
+    rows: list[list[Example]] = [[] for _ in range(count)]
+    heap = [(0, i) for i in range(count)]
+    for example in sorted(documents, key=len, reverse=True):
+        filled, i = heapq.heappop(heap)
+        rows[i].append(example)
+        heapq.heappush(heap, (filled + len(example), i))
+    width = max(filled for filled, _ in heap)
+    per = max(1, tokens // width)
+    return [rows[i : i + per] for i in range(0, count, per)]
+
+
+@torch.no_grad()
+def packs(model: torch.nn.Module, vocabulary: int) -> bool:
+    """Whether the model keeps packed documents apart: another first document must not move the second one's logits.
+
+    Flash attention packs single rows only, and recurrent layers not at all, so this asks the model itself (two forwards
+    of two rows of eight tokens).
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(16, device=device).view(2, 8) % vocabulary
+    other = ids.clone()
+    other[:, :4] = (ids[:, :4] + 1 + vocabulary // 2) % vocabulary
+    positions = torch.arange(4, device=device).repeat(2, 2)
+    was, _ = model.training, model.eval()
+    try:
+        a, b = (model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 4:] for x in (ids, other))
+    finally:
+        model.train(was)
+    return bool((a - b).abs().max() <= 8 * torch.finfo(a.dtype).eps * a.abs().max())
+
+
+class Shuffled:
+    """A source: all examples in an order drawn anew every epoch, as a pure function of (seed, step).
+
+    So there is no state to save beyond a fingerprint, and every process can work out its own share.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int = 0) -> None:
+        if not examples:
+            raise ThriftyError("nothing to train on: the list of examples is empty")
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def next(self, step: int, feedback: Mapping[str, float]) -> list[Example]:
+        """The ``batch_size`` examples of step ``step`` (from 0). Epochs follow on each other without a gap."""
+        chosen = []
+        for at in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, i = divmod(at, len(self.examples))
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+            chosen.append(self.examples[self._order[i]])
+        return chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"examples": len(self.examples), "tokens": sum(map(len, self.examples))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != self.state_dict():
+            raise ThriftyError(
+                f"the checkpoint was trained on other examples ({state}, now {self.state_dict()}): "
+                "give the same examples, or train into a new folder"
+            )
