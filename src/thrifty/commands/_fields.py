@@ -1,0 +1,70 @@
+"""A method's fields as command-line options: ``--train-n 200 --alphas 0,.5,1``, or ``train_n=200`` behind a colon."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from thrifty import registry
+from thrifty.contracts import ThriftyError
+
+
+def from_arguments(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
+    """Values for the fields of ``cls`` from leftover command-line words; a clear error for any other word."""
+    pairs: dict[str, str] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ThriftyError(f"what is {word!r}? Options are --NAME VALUE; `thrifty show` lists a method's fields")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ThriftyError(f"{word} needs a value")
+            value = words.pop(0)
+        pairs[name.replace("-", "_")] = value
+    return typed(cls, pairs)
+
+
+def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` converted to the types of the fields of ``cls``; raises ThriftyError with what it takes."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    out = {}
+    for name, value in values.items():
+        if name not in names:
+            near = registry.did_you_mean(name, names)
+            known = ", ".join("--" + n.replace("_", "-") for n in names)
+            raise ThriftyError(f"{cls.__name__} has no field {name!r}.{near} It takes: {known}")
+        out[name] = _convert(hints[name], name, value)
+    return out
+
+
+def _convert(kind: Any, name: str, value: Any) -> Any:
+    option = "--" + name.replace("_", "-")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or value == "none":
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), name, value)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ThriftyError(f"{option} is {value!r}; choose {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(_convert(arguments[0], name, item) for item in items)
+    if kind is bool:
+        if str(value).lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise ThriftyError(f"{option} is {value!r}; give true or false")
+        return str(value).lower() in ("true", "yes", "1")
+    if kind in (int, float, str):
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            what = {int: "a whole number", float: "a number"}[kind]
+            raise ThriftyError(f"{option} needs {what}, not {value!r}") from None
+    raise ThriftyError(f"{option} cannot be given on the command line ({kind}); use Python")

@@ -1,0 +1,52 @@
+"""What a run will cost, from a probe of a few problems: tokens, time and disk."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thrifty.engines.runner import Runner
+from thrifty.lab import Lab
+from thrifty.solve.search.single_pass import SinglePass
+
+PROBE = 32
+
+
+def estimate(lab: Lab, method: Any) -> str:
+    """Sample ``PROBE`` problems and time them; count what ``method.passes`` says the run will do."""
+    loaded = lab.loaded()
+    with tempfile.TemporaryDirectory() as scratch:
+        lab.folder = Path(scratch)
+        problems = lab.problems("train", PROBE)
+        started = time.perf_counter()
+        outcomes = Runner(lab.engine(), lab.task).solve(SinglePass(), problems, lab.seed)
+        seconds = time.perf_counter() - started
+    made = sum(o.usage.generated for o in outcomes) / len(outcomes)
+    prompt = sum(o.usage.prompt + o.usage.cached for o in outcomes) / len(outcomes)
+    rate = made * len(outcomes) / seconds
+
+    ids = torch.zeros((8, max(2, int(prompt + made))), dtype=torch.long, device=loaded.device)
+    with torch.inference_mode():
+        started = time.perf_counter()
+        loaded.model(input_ids=ids, use_cache=False)
+        per_position = (time.perf_counter() - started) / ids.numel()
+
+    passes = method.passes(lab.n)
+    sampled, trained = passes["sampled"] * made, passes["trained"] * (prompt + made)
+    # A backward pass costs twice a forward one.
+    minutes = (sampled / rate + 3 * trained * per_position) / 60
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    disk = passes["sampled"] * (6 * made + 400) + 0.2 * weights
+    return "\n".join(
+        (
+            f"probe: {len(outcomes)} problems, {prompt:.0f} prompt and {made:.0f} generated tokens each, "
+            f"{rate:,.0f} tokens/s",
+            f"sample {passes['sampled']:,} chains: at most {sampled:,.0f} tokens (shortened ones cost less)",
+            f"train on {passes['trained']:,} chains: at most {trained:,.0f} tokens",
+            f"time about {minutes:.1f} min on this machine, disk about {disk / 1e6:.0f} MB",
+        )
+    )

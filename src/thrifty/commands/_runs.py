@@ -1,0 +1,133 @@
+"""Run folders: an effective configuration, stages, and what is published at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from thrifty.contracts import ThriftyError
+
+if TYPE_CHECKING:
+    from thrifty.lab import Lab, Report
+
+
+def name_of(*parts: str) -> str:
+    """A folder name from what a run is about.
+
+    >>> name_of("cot-valve", "my/Model", "rg:chain_sum", "0")
+    'cot-valve-my-Model-rg-chain_sum-0'
+    """
+    return re.sub(r"[^\w.=-]+", "-", "-".join(part for part in parts if part)).strip("-.")[:120]
+
+
+def open_folder(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Make the run's folder, or go on in it; True when its run has finished already.
+
+    Raises ThriftyError where the folder holds something else, or a run with another configuration.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        try:
+            before = yaml.safe_load(path.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ThriftyError(f"{path} is broken ({error}); choose another --name") from error
+        changed = [
+            f"{k} was {before.get(k)!r}, is {config.get(k)!r}"
+            for k in sorted({*before, *config})
+            if before.get(k) != config.get(k)
+        ]
+        if changed:
+            raise ThriftyError(
+                f"{folder} holds a run with another configuration ({'; '.join(changed)}). "
+                "Choose another --name, or remove the folder"
+            )
+        return (folder / "report.html").exists()
+    if folder.exists() and any(folder.iterdir()):
+        raise ThriftyError(f"{folder} exists and is no run of thrifty: choose another --name or --runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True), "utf-8")
+    os.replace(temporary, path)
+    return False
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of an earlier run, to run it again."""
+    try:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ThriftyError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ThriftyError(f"{path} is no YAML file: {error}") from error
+    if not isinstance(config, dict) or "recipe" not in config:
+        raise ThriftyError(f"{path} is no configuration of a run: it has no `recipe`")
+    return config
+
+
+def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[float, float] | None, gold: bool) -> Path:
+    """Write traces.parquet, result.json and report.html from what a recipe or a measurement handed back."""
+    from thrifty.lab import write_json
+    from thrifty.measure import summarise
+    from thrifty.report.html import write_report
+    from thrifty.traces import store
+
+    rows = (row for s in report.settings for row in store.rows_from(s.outcomes, s.name, s.alpha, ids=True))
+    store.write(lab.folder / "traces.parquet", rows)
+    baseline = next(s for s in report.settings if s.name == report.baseline)
+    result = {
+        "recipe": config["recipe"],
+        "model": config["model"],
+        "task": config["task"],
+        "n": len(baseline.outcomes),
+        "seed": config["seed"],
+        "settings": [
+            summarise(s.outcomes, s.name, s.alpha, price, reference=None if gold else baseline.outcomes)
+            for s in report.settings
+        ],
+        "baseline": report.baseline,
+        "notes": list(report.notes),
+        "verdicts": [dict(v) for v in report.verdicts],
+        "meter": lab.meter.rows(),
+    }
+    if report.line:
+        result["line"] = {"long": report.line[0], "short": report.line[1]}
+    write_json(lab.folder / "result.json", result)
+    return write_report(lab.folder)
+
+
+def show(folder: Path, as_json: bool) -> None:
+    """Print what a finished run found, and where its report is."""
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from thrifty.report.table import table
+
+    Console().print(table(result))
+    click.echo(f"report: {folder / 'report.html'}")
+
+
+def interrupted(ctx: click.Context, folder: Path) -> None:
+    click.echo(f"\nthrifty: interrupted; what is done stands in {folder}. Run the same command to go on", err=True)
+    ctx.exit(130)
+
+
+def prices(text: str | None) -> tuple[float, float] | None:
+    """``in,out``: money per million input and output tokens."""
+    if text is None:
+        return None
+    try:
+        given, made = (float(part) for part in text.split(","))
+    except ValueError:
+        remedy = "two numbers, money per million tokens in and out, such as 0.5,2"
+        raise ThriftyError(f"--price takes {remedy}: not {text!r}") from None
+    return given, made

@@ -1,0 +1,100 @@
+"""``thrifty run``: a recipe on a model and a task, from problems to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thrifty import registry
+from thrifty.commands import _fields, _runs
+from thrifty.contracts import ThriftyError
+
+OWN = ("recipe", "model", "task", "n", "seed", "batch_size", "max_tokens", "device", "dtype", "fields")
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("recipe")
+@click.option("--model", default="long", help="Folder, Hub id, or a student that ships with the package.")
+@click.option("--task", default="roll", help="roll, search, list, bool, rg:NAME, hf:DATASET[:CONFIG] or file:PATH.")
+@click.option("--n", default=500, type=click.IntRange(1), help="Test problems.")
+@click.option("--seed", default=0, help="Of problems, sampling and training.")
+@click.option("--name", help="Name of the run's folder.  [default: from recipe, model, task and seed]")
+@click.option("--runs", default="runs", help="Where run folders stand.")
+@click.option("--batch-size", default=128, type=click.IntRange(1), help="Rows generated at once.")
+@click.option("--max-tokens", type=click.IntRange(1), help="New tokens per response.  [default: what fits]")
+@click.option("--device", default="auto", help="cpu, cuda or auto.")
+@click.option("--dtype", default="auto", help="float32, bfloat16 or auto.")
+@click.option("--question", help="Column of the questions, for files and data sets.")
+@click.option("--answer", help="Column of the answers.")
+@click.option("--price", help="Money per million tokens in and out, as 0.5,2.")
+@click.option("--plan", is_flag=True, help="Say what it will cost (tokens, time, disk) and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print result.json instead of a table.")
+@click.pass_context
+def main(
+    ctx: click.Context, recipe: str, name: str | None, runs: str, plan: bool, as_json: bool, **options: Any
+) -> None:
+    """Run RECIPE (or an earlier run's config.yaml) and leave a folder with traces, result, adapter and report.
+
+    A recipe's own fields are options too (`thrifty show RECIPE` lists them): --short-from gold, --steps 200.
+    Run the same command again to go on after an interruption.
+    """
+    price = _runs.prices(options.pop("price"))
+    if recipe.endswith((".yaml", ".yml")):
+        config = _again(ctx, Path(recipe), options)
+        name = name or Path(recipe).parent.name
+    else:
+        config = {"recipe": recipe, **options, "fields": dict.fromkeys(())}
+    cls = _recipe(config["recipe"])
+    given = {**config.get("fields", {}), **_fields.from_arguments(cls, ctx.args)}
+    method = cls(**_fields.typed(cls, given))
+    config["fields"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(method).items()}
+
+    name = name or _runs.name_of(config["recipe"], config["model"], config["task"], str(config["seed"]))
+    folder = Path(runs) / name
+    lab = _lab(folder, config, quiet=as_json)
+    if plan:
+        from thrifty.commands._plan import estimate
+
+        click.echo(estimate(lab, method))
+        return
+    if _runs.open_folder(folder, config):
+        click.echo(f"{folder} has run already and found this (choose another --name to run again):", err=True)
+    else:
+        lab.progress.say(f"{config['recipe']} on model {config['model']}, task {config['task']}, in {folder}")
+        try:
+            report = method.run(lab)
+        except KeyboardInterrupt:
+            _runs.interrupted(ctx, folder)
+        _runs.publish(lab, config, report, price, gold=True)
+    _runs.show(folder, as_json)
+
+
+def _again(ctx: click.Context, path: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an earlier run, changed by what the command line names."""
+    config = _runs.read_config(path)
+    for key, value in options.items():
+        if ctx.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT:
+            config[key] = value
+    return {**options, **config}
+
+
+def _recipe(key: str) -> type:
+    method = registry.find(key)
+    if method.family != "recipes":
+        remedy = "use `thrifty measure --strategy`" if method.family == "solve.search" else "use it from Python"
+        raise ThriftyError(f"{key} is of family {method.family}, not a recipe: {remedy}")
+    return registry.load(key)
+
+
+def _lab(folder: Path, config: dict[str, Any], quiet: bool) -> Any:
+    from thrifty import tasks
+    from thrifty.lab import Lab
+    from thrifty.progress import Progress
+
+    task = tasks.load(config["task"], question=config["question"], answer=config["answer"])
+    keys = ("model", "n", "seed", "batch_size", "max_tokens", "device", "dtype")
+    lab = Lab(folder=folder, task=task, progress=Progress(quiet), **{key: config[key] for key in keys})
+    lab.loaded()  # a wrong model is told before any work
+    return lab

@@ -1,0 +1,263 @@
+"""What recipes, claims and commands are made of: a model, a task, and results that are kept as they are made.
+
+Everything that a run computes stands in its folder under ``stages/``, in shards written whole or not at all, so that
+resuming is running again. A lab holds no results itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from thrifty.contracts import (
+    Budget,
+    Chain,
+    Context,
+    Finish,
+    Grade,
+    Outcome,
+    Problem,
+    Source,
+    Span,
+    Split,
+    Strategy,
+    Task,
+    ThriftyError,
+    Trace,
+    Usage,
+)
+from thrifty.engines.local import LocalEngine
+from thrifty.engines.meter import Meter
+from thrifty.engines.runner import Runner
+from thrifty.models.load import Loaded, load
+from thrifty.progress import Progress
+from thrifty.traces import store
+from thrifty.tune.adapter import load_adapter, lora
+from thrifty.tune.batches import Example
+from thrifty.tune.supervised import Train, train
+
+ADAPTER = "valve"
+"""The name of the adapter that a lab trains and turns."""
+SHARD = 512
+"""Problems per shard: what a killed run may have to do again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One point of a comparison: a name, its dial if it has one, and what came of every problem."""
+
+    name: str
+    outcomes: Sequence[Outcome]
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a recipe hands back. ``line`` names the settings at the ends of the straight line (long, short)."""
+
+    settings: Sequence[Setting]
+    baseline: str
+    line: tuple[str, str] | None = None
+    notes: Sequence[str] = ()
+    verdicts: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass
+class Lab:
+    """A model and a task, and a folder in which results are kept."""
+
+    folder: Path
+    model: str
+    task: Task
+    n: int = 500
+    seed: int = 0
+    batch_size: int = 64
+    max_tokens: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    progress: Progress = field(default_factory=Progress)
+    meter: Meter = field(default_factory=Meter)
+    _models: dict[str, Loaded] = field(default_factory=dict)
+
+    def loaded(self, name: str | None = None) -> Loaded:
+        """The model of this name (default: the lab's own), loaded once."""
+        name = name or self.model
+        if name not in self._models:
+            self._models[name] = load(name, device=self.device, dtype=self.dtype)
+        return self._models[name]
+
+    def engine(self, model: str | Loaded | None = None, adapter: Path | None = None) -> LocalEngine:
+        """A new engine on the lab's model or another, with an adapter to turn; counted by the lab's meter."""
+        loaded = model if isinstance(model, Loaded) else self.loaded(model)
+        engine = LocalEngine(
+            loaded, batch_size=self.batch_size, seed=self.seed, max_tokens=self.max_tokens, meter=self.meter
+        )
+        if adapter is not None:
+            engine.add_adapter(ADAPTER, adapter)
+        return engine
+
+    def problems(self, split: Split, n: int, levels: Sequence[int] | None = None) -> list[Problem]:
+        """``n`` problems; fewer with a note where the task has no more, an error where it has none."""
+        found = self.task.problems(split, n, self.seed, levels)
+        if not found:
+            raise ThriftyError(f"task {self.task.name} has no usable {split} problems; look at its source and columns")
+        if len(found) < n:
+            self.progress.say(f"{self.task.name} has only {len(found)} {split} problems of the {n} asked for")
+        return found
+
+    def context(self, rng: Any = None) -> Context:
+        return Context(task=self.task, rng=rng, tokenizer=self.loaded().tokenizer)
+
+    def solve(
+        self,
+        stage: str,
+        strategy: Strategy,
+        problems: Sequence[Problem],
+        engine: LocalEngine | None = None,
+        adapters: Mapping[str, float] | None = None,
+        seed: int | None = None,
+        budget: int | None = None,
+    ) -> list[Outcome]:
+        """Outcomes of ``strategy`` on ``problems``, kept under ``stages/STAGE``; what is there already is read."""
+        folder = self.stage(stage)
+        outcomes: list[Outcome] = []
+        with self.progress.bar(stage, len(problems)) as bar:
+            for start in range(0, len(problems), SHARD):
+                part = problems[start : start + SHARD]
+                path = folder / f"{start:07d}.parquet"
+                kept = _restore(path, part)
+                if kept is None:
+                    runner = Runner(engine or self.engine(), self.task, Budget(tokens=budget), adapters=adapters)
+                    run = runner.solve(strategy, part, self.seed if seed is None else seed, lambda _: bar.advance(1))
+                    store.write(path, store.rows_from(run, stage, ids=True))
+                    outcomes += run
+                else:
+                    bar.advance(len(part))
+                    outcomes += kept
+        return outcomes
+
+    def chains(self, outcomes: Sequence[Outcome], source: str) -> list[Chain]:
+        """The chains of the right, complete answers."""
+        return [
+            Chain(o.problem, o.chosen.thought, o.chosen.response, source=source)
+            for o in outcomes
+            if o.chosen is not None and o.grade.right
+        ]
+
+    def tune(
+        self, stage: str, data: Source | Sequence[Example], settings: Train, rank: int, start: Path | None = None
+    ) -> Path:
+        """Train a LoRA (from ``start`` where given) on the lab's model; returns the adapter's folder. Resumes."""
+
+        def make(folder: Path) -> None:
+            self._models.clear()  # a model in training and one in an engine would be two in memory
+            model = load(self.model, device=self.device, dtype=self.dtype).model
+            if start is None:
+                model = lora(model, rank=rank, name=ADAPTER, seed=self.seed)
+            else:
+                model = load_adapter(model, start, name=ADAPTER, trainable=True)
+            with self.progress.bar(stage, settings.steps or 0) as bar:
+                train(model, data, settings, folder, meter=self.meter, progress=lambda done, of, line: bar.advance(1))
+
+        return self.once(stage, make) / "adapter"
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage's results."""
+        folder = self.folder / "stages" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def once(self, stage: str, make: Callable[[Path], None]) -> Path:
+        """A folder that ``make`` fills, whole or not at all; where it was stopped, it is given what it left."""
+        done = self.folder / "stages" / stage
+        if not done.exists():
+            working = done.with_name(f"{done.name}.working")
+            working.mkdir(parents=True, exist_ok=True)
+            make(working)
+            os.replace(working, done)
+        return done
+
+    def publish(self, stage: str, name: str) -> Path:
+        """Copy a stage's folder to the top of the run, for people to take away."""
+        target = self.folder / name
+        temporary = target.with_name(f".{name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(self.folder / "stages" / stage, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        return target
+
+
+def unusable(problems: Sequence[Problem]) -> list[str]:
+    """A note where problems have no gold answer."""
+    missing = sum(p.answer is None for p in problems)
+    return [f"{missing} problems have no usable gold answer and count as wrong"] if missing else []
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """A method's fields as plain values, for the configuration file."""
+    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+
+
+def _restore(path: Path, problems: Sequence[Problem]) -> list[Outcome] | None:
+    """Outcomes of a shard that stands on disk; None where there is none, or where it is of other problems."""
+    if not path.exists():
+        return None
+    by_problem: dict[str, list[store.TraceRow]] = {}
+    for row in store.read(path):
+        by_problem.setdefault(row.problem, []).append(row)
+    if set(by_problem) != {p.id for p in problems}:
+        return None
+    return [_outcome(problem, by_problem[problem.id]) for problem in problems]
+
+
+def _outcome(problem: Problem, rows: Sequence[store.TraceRow]) -> Outcome:
+    traces = [_trace(row) for row in rows]
+    chosen = next((i for i, row in enumerate(rows) if row.chosen), None)
+    usage = sum((t.usage for t in traces), Usage())
+    if chosen is None:
+        return Outcome(problem, None, Grade(0.0, None, "gave up"), traces, usage)
+    row = rows[chosen]
+    return Outcome(problem, traces[chosen], Grade(float(bool(row.right)), row.parsed), traces, usage)
+
+
+def _trace(row: store.TraceRow) -> Trace:
+    import numpy as np
+
+    finish: Finish = row.finish  # type: ignore[assignment]
+    cancelled = finish == "cancelled"
+    kind: Literal["thought"] = "thought"
+    ids = np.array(row.ids or [], np.int32)
+    return Trace(
+        ids=ids,
+        thought=row.thought,
+        response=row.response,
+        closed=row.closed,
+        finish=finish,
+        answer=row.parsed,
+        spans=(Span(0, row.thought_tokens, kind),),
+        usage=Usage(
+            prompt=row.prompt_tokens,
+            cached=row.cached_tokens,
+            thought=row.thought_tokens,
+            answer=row.answer_tokens,
+            injected=row.injected_tokens,
+            discarded=row.thought_tokens + row.answer_tokens if cancelled else 0,
+            calls=1,
+            seconds=row.seconds,
+        ),
+        problem=row.problem,
+    )

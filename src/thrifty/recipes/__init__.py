@@ -1,0 +1,1 @@
+"""Whole pipelines of papers, straight-line over parts. Nothing imports these."""

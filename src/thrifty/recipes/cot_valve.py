@@ -1,0 +1,297 @@
+"""CoT-Valve: one LoRA direction along which a model's chains get shorter; its strength is a dial per request.
+
+Weights theta + alpha * dTheta, dTheta a LoRA trained by next-token loss on short correct chains of the same questions.
+alpha = 0 is the model as it was, 1 the length trained on, between them interpolates, above 1 extrapolates.
+
+- ``tuning="plain"``: short chains only, at strength 1.
+- ``tuning="++"``: MixChain, chains of several lengths per question, each trained at its own strength
+  beta = 1 - (m - m_min) / (m_max - m_min), m its length among those of the question (section 3.3).
+- ``tuning="+p"``: MixChain from the longest to the shortest, one pass per length, same LoRA (section 3.4).
+- ``mixchain="c"``: chains sampled along a first, plain LoRA trained on ``short_from``, which join as solution 0.
+- ``mixchain="z"``: chains sampled along the weight difference to ``short_from``, a model of the same architecture.
+
+>>> strengths([30, 10, 20])
+[0.0, 1.0, 0.5]
+
+Paper: Ma et al., CoT-Valve: Length-Compressible Chain-of-Thought Tuning (2502.09601).
+Differs: rank and learning rate follow the model's size (the paper's rank 2 is too little for a student of a million
+parameters); MixChain is sampled at ``mix_alphas``, whose values the paper does not name for every model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from thrifty import registry
+from thrifty.contracts import Card, Chain, Problem, ThriftyError
+from thrifty.lab import ADAPTER, Lab, Report, Setting, unusable
+from thrifty.measure import stats
+from thrifty.models.load import Loaded, wrap
+from thrifty.solve.search.single_pass import SinglePass
+from thrifty.tune.batches import Example, Shuffled, examples
+from thrifty.tune.supervised import Train
+
+CARD = Card(
+    key="cot-valve",
+    title="CoT-Valve: Length-Compressible Chain-of-Thought Tuning",
+    arxiv="2502.09601",
+    year=2025,
+    saves=("tokens", "latency"),
+    needs=("adapters",),
+)
+
+
+@dataclass(frozen=True)
+class CotValve:
+    short_from: str = field(
+        default="gold",
+        metadata={"help": "short chains: gold (the task's), compress (the model's own, shortened) or a model"},
+    )
+    tuning: Literal["plain", "++", "+p"] = field(default="plain", metadata={"help": "plain, ++ or +p (progressive)"})
+    mixchain: Literal["c", "z"] = field(default="c", metadata={"help": "where MixChain's chains come from"})
+    alphas: tuple[float, ...] = field(default=(0, 0.25, 0.5, 0.75, 1, 1.25), metadata={"help": "strengths to measure"})
+    mix_alphas: tuple[float, ...] = field(
+        default=(0, 0.25, 0.5, 0.75, 1), metadata={"help": "strengths at which MixChain is sampled"}
+    )
+    train_n: int = field(default=1000, metadata={"help": "training problems"})
+    steps: int = field(default=120, metadata={"help": "optimiser steps per LoRA"})
+    batch_size: int = field(default=64, metadata={"help": "chains per step"})
+    rank: int = field(default=8, metadata={"help": "LoRA rank"})
+    lr: float | None = field(default=None, metadata={"help": "learning rate; none: 1e-4, 2e-3 below 10 M parameters"})
+    temperature: float = field(default=0.7, metadata={"help": "sampling temperature"})
+    top_p: float = field(default=0.95, metadata={"help": "nucleus mass"})
+    margin: float = field(default=0.03, metadata={"help": "accuracy that may be lost, for the verdicts"})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "short model at the end of the straight line; none: short_from's, or a student's"},
+    )
+
+    def passes(self, n: int) -> dict[str, int]:
+        """What a run will do: chains sampled, and chains trained on. For ``--plan``."""
+        mixed = self.tuning != "plain"
+        sampled = (self.train_n if self.short_from != "gold" else 0) + mixed * self.train_n * len(self.mix_alphas)
+        stages = 1 + (mixed and self.mixchain == "c")
+        trained = stages * self.steps * self.batch_size
+        return {"sampled": sampled + n * (len(self.alphas) + 1), "trained": trained}
+
+    def run(self, lab: Lab) -> Report:
+        self._check(lab)
+        test = lab.problems("test", lab.n)
+        train = lab.problems("train", self.train_n)
+        sampler = SinglePass(self.temperature, self.top_p)
+
+        if self.tuning == "plain":
+            short = self._short_chains(lab, train, sampler)
+            adapter = self._tune(lab, "valve", Shuffled(_tokens(lab, short), self.batch_size, lab.seed))
+        else:
+            groups = self._mixchain(lab, train, sampler)
+            adapter = self._tune(lab, "valve", self._mixed_source(lab, groups))
+        lab.publish("valve/adapter", "adapter")
+
+        engine = lab.engine(adapter=adapter)
+        settings = [
+            Setting(_name(alpha), lab.solve(f"alpha-{alpha:g}", sampler, test, engine, {ADAPTER: alpha}), alpha)
+            for alpha in self.alphas
+        ]
+        baseline = _name(0)
+        if 0 not in self.alphas:
+            settings.insert(0, Setting(baseline, lab.solve("alpha-0", sampler, test, engine, {ADAPTER: 0.0}), 0.0))
+        line = None
+        reference = self._reference(lab)
+        if reference is not None:
+            name = f"short model ({reference})"
+            settings.append(Setting(name, lab.solve("short-model", sampler, test, lab.engine(reference))))
+            line = (baseline, name)
+        verdicts = [verdict(s, settings[0], settings[-1] if line else None, self.margin) for s in settings if s.alpha]
+        return Report(settings, baseline, line, self._notes(lab, test), verdicts)
+
+    # ---- chains -------------------------------------------------------------------------------------
+
+    def _short_chains(self, lab: Lab, train: Sequence[Problem], sampler: SinglePass) -> list[Chain]:
+        """Short correct chains of the training problems, from ``short_from``."""
+        if self.short_from == "gold":
+            chains = [
+                Chain(p, str(p.meta["chain"]), p.answer, source="gold")
+                for p in train
+                if p.answer and p.meta.get("chain")
+            ]
+            remedy = "the task has no reference chains: use --short-from compress, or --short-from MODEL"
+        elif self.short_from == "compress":
+            own = lab.chains(lab.solve("own-chains", sampler, train), "own")
+            compressor = registry.load("key-steps")()
+            chains = [c for c in compressor.compress(own, lab.context(random.Random(lab.seed))) if c is not None]
+            remedy = "the model solved none of the training problems: give an easier task or a longer --max-tokens"
+        else:
+            chains = lab.chains(lab.solve("short-chains", sampler, train, lab.engine(self.short_from)), self.short_from)
+            remedy = f"{self.short_from} solved none of the training problems"
+        if not chains:
+            raise ThriftyError(f"no short chains to train on ({self.short_from} over {len(train)} problems): {remedy}")
+        lab.progress.say(f"{len(chains)} short chains from {self.short_from}")
+        return chains
+
+    def _mixchain(self, lab: Lab, train: Sequence[Problem], sampler: SinglePass) -> list[list[Chain]]:
+        """Per question its correct chains, longest first, at least two of different length."""
+        short: list[Chain] = []
+        if self.mixchain == "c":
+            short = self._short_chains(lab, train, sampler)
+            first = self._tune(lab, "valve-first", Shuffled(_tokens(lab, short), self.batch_size, lab.seed))
+            engine = lab.engine(adapter=first)
+            sampled = [
+                lab.solve(f"mixchain-{a:g}", sampler, train, engine, {ADAPTER: a}, seed=lab.seed + 1 + i)
+                for i, a in enumerate(self.mix_alphas)
+            ]
+        else:
+            sampled = []
+            for i, alpha in enumerate(self.mix_alphas):
+                between = _between(lab, self.short_from, alpha)
+                run = lab.solve(f"mixchain-{alpha:g}", sampler, train, lab.engine(between), seed=lab.seed + 1 + i)
+                sampled.append(run)
+        by_problem: dict[str, list[tuple[int, Chain]]] = {}
+        for outcomes, alpha in zip(sampled, self.mix_alphas, strict=True):
+            for outcome in outcomes:
+                for chain in lab.chains([outcome], f"alpha {alpha:g}"):
+                    by_problem.setdefault(chain.problem.id, []).append((outcome.usage.thought, chain))
+        tokenizer = lab.loaded().tokenizer
+        for chain in short:
+            size = len(tokenizer(chain.thought, add_special_tokens=False)["input_ids"])
+            by_problem.setdefault(chain.problem.id, []).append((size, chain))
+        groups = []
+        for pairs in by_problem.values():
+            lengths = [length for length, _ in pairs]
+            if min(lengths) < max(lengths):
+                betas = strengths(lengths)
+                group = [(length, replace(chain, strength=b)) for (length, chain), b in zip(pairs, betas, strict=True)]
+                groups.append([chain for _, chain in sorted(group, key=lambda pair: -pair[0])])
+        if not groups:
+            raise ThriftyError("MixChain is empty: no training problem has correct chains of two lengths")
+        lab.progress.say(f"MixChain: {sum(map(len, groups))} chains of {len(groups)} questions")
+        return groups
+
+    # ---- training -----------------------------------------------------------------------------------
+
+    def _tune(self, lab: Lab, stage: str, source: Any) -> Path:
+        parameters = sum(p.numel() for p in lab.loaded().model.parameters())
+        lr = self.lr or (2e-3 if parameters < 10_000_000 else 1e-4)
+        settings = Train(steps=self.steps, batch_size=self.batch_size, lr=lr, seed=lab.seed, save_every=25)
+        return lab.tune(stage, source, settings, self.rank)
+
+    def _mixed_source(self, lab: Lab, groups: Sequence[Sequence[Chain]]) -> Any:
+        if self.tuning == "++":
+            chains = [chain for group in groups for chain in group]
+            return Shuffled(_tokens(lab, chains), self.batch_size, lab.seed)
+        # +P trains one LoRA at strength 1 throughout; only the targets get shorter.
+        longest = max(map(len, groups))
+        parts = []
+        for rank in range(longest):
+            share = [replace(g[min(rank * len(g) // longest, len(g) - 1)], strength=1.0) for g in groups]
+            parts.append(Shuffled(_tokens(lab, share), self.batch_size, lab.seed))
+        return Progressive(parts, self.steps)
+
+    # ---- around it ----------------------------------------------------------------------------------
+
+    def _check(self, lab: Lab) -> None:
+        if self.tuning not in ("plain", "++", "+p"):
+            raise ThriftyError(f"tuning is {self.tuning!r}; choose plain, ++ or +p")
+        if self.mixchain not in ("c", "z"):
+            raise ThriftyError(f"mixchain is {self.mixchain!r}; choose c or z")
+        if self.mixchain == "z" and self.tuning != "plain" and self.short_from in ("gold", "compress"):
+            raise ThriftyError("MixChain-Z samples along the difference of two models: give --short-from MODEL")
+        if self.short_from not in ("gold", "compress"):
+            lab.loaded(self.short_from)  # a wrong name is told before any work
+        if not self.alphas or any(not np.isfinite(a) for a in self.alphas):
+            raise ThriftyError(f"alphas must be numbers, at least one, not {self.alphas}")
+
+    def _reference(self, lab: Lab) -> str | None:
+        if self.reference or self.short_from not in ("gold", "compress"):
+            return self.reference or self.short_from
+        student, _, seed = lab.model.partition("-")
+        if student == "long":
+            from thrifty.assets import NAMES
+
+            twin = f"short-{seed}" if seed else "short"
+            return twin if twin in NAMES else None
+        return None
+
+    def _notes(self, lab: Lab, test: Sequence[Problem]) -> list[str]:
+        return [f"tuning {self.tuning}, short chains from {self.short_from}", *unusable(test)]
+
+
+def strengths(lengths: Sequence[int]) -> list[float]:
+    """beta = 1 - (m - m_min) / (m_max - m_min) for the chains of one question (CoT-Valve++)."""
+    low, high = min(lengths), max(lengths)
+    return [1.0 if high == low else 1 - (m - low) / (high - low) for m in lengths]
+
+
+def verdict(setting: Setting, long: Setting, short: Setting | None, margin: float) -> dict[str, Any]:
+    """Saving, non-inferiority and height above the straight line of one setting against the long baseline."""
+
+    def arms(s: Setting) -> tuple[list[float], list[float]]:
+        return [float(o.grade.right) for o in s.outcomes], [float(o.usage.thought) for o in s.outcomes]
+
+    (right, tokens), (right_long, tokens_long) = arms(setting), arms(long)
+    strata = [o.problem.level for o in long.outcomes]
+    test = stats.non_inferior(right, right_long, margin, strata)
+    saving = 1 - sum(tokens) / max(1.0, sum(tokens_long))
+    found: dict[str, Any] = {
+        "setting": setting.name,
+        "saving": saving,
+        "difference": test.difference,
+        "difference_low": test.low,
+        "margin": margin,
+        "non_inferior": bool(test.holds),
+    }
+    if short is not None and sum(arms(short)[1]) != sum(tokens_long):
+        above = stats.above_line((right, tokens), (right_long, tokens_long), arms(short), strata)
+        found |= {"above_line": above.value, "above_line_low": above.low, "above_line_high": above.high}
+    return found
+
+
+class Progressive:
+    """A source that goes through other sources one after the other, an equal share of the steps each."""
+
+    def __init__(self, parts: Sequence[Shuffled], steps: int) -> None:
+        self.parts, self.steps = parts, steps
+
+    def next(self, step: int, feedback: Mapping[str, float]) -> list[Example]:
+        return self.parts[min(step * len(self.parts) // self.steps, len(self.parts) - 1)].next(step, feedback)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+
+
+def _name(alpha: float) -> str:
+    return "long (α = 0)" if alpha == 0 else f"α = {alpha:g}"
+
+
+def _tokens(lab: Lab, chains: Sequence[Chain]) -> list[Example]:
+    loaded = lab.loaded()
+    return examples(chains, loaded.chat, max_length=loaded.context)
+
+
+def _between(lab: Lab, short: str, alpha: float) -> Loaded:
+    """The model with weights theta + alpha (theta_short - theta)."""
+    import copy
+
+    here, there = lab.loaded(), lab.loaded(short)
+    mine, theirs = here.model.state_dict(), there.model.state_dict()
+    if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise ThriftyError(f"MixChain-Z needs two models of one architecture: {lab.model} and {short} differ in shape")
+    model = copy.deepcopy(here.model)
+    model.load_state_dict({k: v + alpha * (theirs[k] - v) if v.is_floating_point() else v for k, v in mine.items()})
+    return wrap(model, here.tokenizer, f"{lab.model} + {alpha:g} ({short} - {lab.model})")
+
+
+def best(verdicts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The setting that saves most among those that are non-inferior."""
+    holding = [v for v in verdicts if v["non_inferior"]]
+    return max(holding, key=lambda v: v["saving"], default=None)
