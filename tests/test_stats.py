@@ -208,7 +208,7 @@ def test_kinds_in_english() -> None:
         "and 3 + 8 is 11.\n\nAlternatively, add 4 twice: 3 + 4 + 4 = 11.\n\nSo the answer is 11.\n\n**11**"
     )
     assert kinds(text) == ["work", "work", "work", "check", "check", "branch", "tail", "tail"]
-    assert kinds("2 | 12 holds. So 2 + 12 is even.") == ["work", "work"], "there a bar is divisibility"
+    assert kinds("2 | 12 holds. So 24 is even.") == ["work", "work"], "there a bar is divisibility"
     assert kinds("1. Add 3 and 4 to get 7.\n2. Double it to get 14.") == ["work", "work"]
 
 

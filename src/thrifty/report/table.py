@@ -1,0 +1,68 @@
+"""The terminal table of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """``result.json`` as a rich table: settings down; accuracy, tokens, completion and cost across.
+
+    ``settings[i]`` needs the keys of ``summarise``; the baseline is ``result["baseline"]`` or the first setting.
+    """
+    settings = result["settings"]
+    base = next((s for s in settings if s["name"] == result.get("baseline")), settings[0])
+    measure = "accuracy" if any(s["accuracy"] is not None for s in settings) else "agreement"
+    made = Table(
+        title=f"{result.get('recipe', '')} · {result.get('task', '')} · {result.get('n', '?')} problems", expand=False
+    )
+    made.add_column("setting", no_wrap=True)
+    made.add_column(measure, justify="right")
+    made.add_column("95 %", justify="right", style="dim")
+    made.add_column("thinking tokens", justify="right")
+    made.add_column(f"vs {base['name']}", justify="right")
+    made.add_column("complete", justify="right")
+    made.add_column("tokens per right", justify="right")
+    made.add_column("seconds", justify="right")
+    priced = any(s.get("money") is not None for s in settings)
+    if priced:
+        made.add_column("money", justify="right")
+    for s in settings:
+        low, high = s.get(f"{measure}_low"), s.get(f"{measure}_high")
+        cells: list[Text | str] = [
+            Text(str(s["name"]), style="bold" if s is base else ""),
+            share(s.get(measure)),
+            "" if low is None else f"{low * 100:.1f}–{high * 100:.1f}",
+            number(s["thought_tokens"]),
+            change(s["thought_tokens"], base["thought_tokens"]) if s is not base else "",
+            share(s.get("completion_rate")),
+            number(s.get("tokens_per_right_answer")),
+            number(s.get("seconds"), 3),
+        ]
+        made.add_row(*cells, *([number(s.get("money"), 6)] if priced else []))
+    return made
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value * 100:.1f} %"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A figure, rounded; unknown is a dash, never 0."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def change(value: float | None, base: float | None) -> str:
+    """Relative change in per cent with its sign, a true minus.
+
+    >>> change(38, 100)
+    '−62 %'
+    """
+    if value is None or not base:
+        return "–"
+    points = round((value / base - 1) * 100)
+    return f"{'+' if points > 0 else '−' if points < 0 else '±'}{abs(points)} %"
