@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from thrifty import registry
+from thrifty.cli import FOLDER
 
 THRIFTY = str(Path(sys.executable).with_name("thrifty"))
 
@@ -152,14 +153,31 @@ def test_help_lists_every_command_and_version_is_the_packages():
     assert thrifty("--version").stdout == f"thrifty {package.__version__}\n"
 
 
-def test_listing_imports_neither_torch_nor_numpy():
-    code = """
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["list", "--json"], ("torch", "numpy", "pydantic")),
+        (["show", "trimr"], ("torch", "numpy", "pydantic")),
+        (["--help"], ("torch", "transformers")),
+    ],
+)
+def test_looking_around_imports_nothing_heavy(arguments, heavy):
+    code = f"""
 import atexit, sys
-heavy = ("torch", "numpy", "transformers", "pydantic")
+heavy = {heavy}
 atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))
-sys.argv = ["thrifty", "list", "--json"]
+sys.argv = {["thrifty", *arguments]}
 from thrifty.cli import main
 main()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("command", [path.stem for path in FOLDER.glob("[!_]*.py")])
+def test_every_command_has_help_that_says_what_it_does(command):
+    run = thrifty(command, "--help")
+    assert run.returncode == 0
+    usage, _, rest = run.stdout.partition("\n\n")
+    assert usage.startswith(f"Usage: thrifty {command}")
+    assert len(rest.splitlines()[0].split()) > 3

@@ -88,7 +88,7 @@ def status(entry: Entry) -> Status:
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """`` Did you mean 'a' or 'b'?`` (with the space), or the empty string when nothing is near."""
-    names = {option.lower(): option for option in options}
+    names = {option.lower().replace("_", "-"): option for option in options}
     word = word.lower().replace("_", "-")
     near = get_close_matches(word, names, n=3, cutoff=0.6) or [name for name in names if len(word) > 2 and word in name]
     return f" Did you mean {' or '.join(repr(names[name]) for name in near[:3])}?" if near else ""

@@ -75,9 +75,15 @@ def _default(spec: dataclasses.Field[Any]) -> str:
 
 def _usage(method: registry.Method) -> list[str]:
     if method.family == "recipes":
-        return [f"thrifty run {method.key} --model DIR_OR_HUB_ID --task TASK     (--plan first: what it will cost)"]
+        return [
+            f"thrifty run {method.key} --model DIR_OR_HUB_ID --task TASK",
+            "--plan first says what it will cost; every field is an option: --NAME VALUE",
+        ]
     if method.family == "solve.search":
-        return [f"thrifty measure --model DIR_OR_HUB_ID --task TASK --strategy {method.key}"]
+        return [
+            f"thrifty measure --model DIR_OR_HUB_ID --task TASK --strategy {method.key}",
+            f"fields go behind a colon: --strategy {method.key}:NAME=VALUE,NAME=VALUE",
+        ]
     return ["from thrifty import registry", f'method = registry.load("{method.key}")()']
 
 
