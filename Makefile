@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/thrifty demo
+	$(BIN)/thrifty run cot-valve --name demo
 
 test: setup
 	$(BIN)/python -m pytest

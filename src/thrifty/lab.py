@@ -35,6 +35,7 @@ from thrifty.contracts import (
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.meter import Meter
 from thrifty.engines.runner import Runner
+from thrifty.measure import stats
 from thrifty.models.load import Loaded, load
 from thrifty.progress import Progress
 from thrifty.traces import store
@@ -167,6 +168,12 @@ class Lab:
 
         return self.once(stage, make) / "adapter"
 
+    def training(self, steps: int, batch_size: int, lr: float | None) -> Train:
+        """The loop's settings; without ``lr`` 1e-4, or 2e-3 for students below 10 million parameters."""
+        if lr is None:
+            lr = 2e-3 if sum(p.numel() for p in self.loaded().model.parameters()) < 10_000_000 else 1e-4
+        return Train(steps=steps, batch_size=batch_size, lr=lr, seed=self.seed, save_every=25)
+
     def stage(self, name: str) -> Path:
         """The folder of a stage's results."""
         folder = self.folder / "stages" / name
@@ -198,6 +205,30 @@ def unusable(problems: Sequence[Problem]) -> list[str]:
     """A note where problems have no gold answer."""
     missing = sum(p.answer is None for p in problems)
     return [f"{missing} problems have no usable gold answer and count as wrong"] if missing else []
+
+
+def verdict(setting: Setting, long: Setting, short: Setting | None, margin: float) -> dict[str, Any]:
+    """Saving, non-inferiority and height above the straight line of one setting against the long baseline."""
+
+    def arms(s: Setting) -> tuple[list[float], list[float]]:
+        return [float(o.grade.right) for o in s.outcomes], [float(o.usage.thought) for o in s.outcomes]
+
+    (right, tokens), (right_long, tokens_long) = arms(setting), arms(long)
+    strata = [o.problem.level for o in long.outcomes]
+    test = stats.non_inferior(right, right_long, margin, strata)
+    saving = 1 - sum(tokens) / max(1.0, sum(tokens_long))
+    found: dict[str, Any] = {
+        "setting": setting.name,
+        "saving": saving,
+        "difference": test.difference,
+        "difference_low": test.low,
+        "margin": margin,
+        "non_inferior": bool(test.holds),
+    }
+    if short is not None and sum(arms(short)[1]) != sum(tokens_long):
+        above = stats.above_line((right, tokens), (right_long, tokens_long), arms(short), strata)
+        found |= {"above_line": above.value, "above_line_low": above.low, "above_line_high": above.high}
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

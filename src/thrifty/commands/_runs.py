@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -94,7 +95,10 @@ def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[fl
         "baseline": report.baseline,
         "notes": list(report.notes),
         "verdicts": [dict(v) for v in report.verdicts],
-        "meter": lab.meter.rows(),
+        "meter": [
+            {"phase": phase, "role": role, **dataclasses.asdict(count)}
+            for (phase, role), count in lab.meter.rows().items()
+        ],
     }
     if report.line:
         result["line"] = {"long": report.line[0], "short": report.line[1]}

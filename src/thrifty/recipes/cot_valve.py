@@ -30,12 +30,10 @@ import numpy as np
 
 from thrifty import registry
 from thrifty.contracts import Card, Chain, Problem, ThriftyError
-from thrifty.lab import ADAPTER, Lab, Report, Setting, unusable
-from thrifty.measure import stats
+from thrifty.lab import ADAPTER, Lab, Report, Setting, unusable, verdict
 from thrifty.models.load import Loaded, wrap
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.tune.batches import Example, Shuffled, examples
-from thrifty.tune.supervised import Train
 
 CARD = Card(
     key="cot-valve",
@@ -176,10 +174,7 @@ class CotValve:
     # ---- training -----------------------------------------------------------------------------------
 
     def _tune(self, lab: Lab, stage: str, source: Any) -> Path:
-        parameters = sum(p.numel() for p in lab.loaded().model.parameters())
-        lr = self.lr or (2e-3 if parameters < 10_000_000 else 1e-4)
-        settings = Train(steps=self.steps, batch_size=self.batch_size, lr=lr, seed=lab.seed, save_every=25)
-        return lab.tune(stage, source, settings, self.rank)
+        return lab.tune(stage, source, lab.training(self.steps, self.batch_size, self.lr), self.rank)
 
     def _mixed_source(self, lab: Lab, groups: Sequence[Sequence[Chain]]) -> Any:
         if self.tuning == "++":
@@ -228,30 +223,6 @@ def strengths(lengths: Sequence[int]) -> list[float]:
     return [1.0 if high == low else 1 - (m - low) / (high - low) for m in lengths]
 
 
-def verdict(setting: Setting, long: Setting, short: Setting | None, margin: float) -> dict[str, Any]:
-    """Saving, non-inferiority and height above the straight line of one setting against the long baseline."""
-
-    def arms(s: Setting) -> tuple[list[float], list[float]]:
-        return [float(o.grade.right) for o in s.outcomes], [float(o.usage.thought) for o in s.outcomes]
-
-    (right, tokens), (right_long, tokens_long) = arms(setting), arms(long)
-    strata = [o.problem.level for o in long.outcomes]
-    test = stats.non_inferior(right, right_long, margin, strata)
-    saving = 1 - sum(tokens) / max(1.0, sum(tokens_long))
-    found: dict[str, Any] = {
-        "setting": setting.name,
-        "saving": saving,
-        "difference": test.difference,
-        "difference_low": test.low,
-        "margin": margin,
-        "non_inferior": bool(test.holds),
-    }
-    if short is not None and sum(arms(short)[1]) != sum(tokens_long):
-        above = stats.above_line((right, tokens), (right_long, tokens_long), arms(short), strata)
-        found |= {"above_line": above.value, "above_line_low": above.low, "above_line_high": above.high}
-    return found
-
-
 class Progressive:
     """A source that goes through other sources one after the other, an equal share of the steps each."""
 
@@ -289,9 +260,3 @@ def _between(lab: Lab, short: str, alpha: float) -> Loaded:
     model = copy.deepcopy(here.model)
     model.load_state_dict({k: v + alpha * (theirs[k] - v) if v.is_floating_point() else v for k, v in mine.items()})
     return wrap(model, here.tokenizer, f"{lab.model} + {alpha:g} ({short} - {lab.model})")
-
-
-def best(verdicts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The setting that saves most among those that are non-inferior."""
-    holding = [v for v in verdicts if v["non_inferior"]]
-    return max(holding, key=lambda v: v["saving"], default=None)
