@@ -36,9 +36,7 @@ class EmbeddedTask:
         chosen = tuple(self.levels if levels is None else levels)
         for level in chosen:
             if level not in self.levels:
-                raise ThriftyError(
-                    f"{self.name} has no level {level}: its levels are {', '.join(map(str, self.levels))}"
-                )
+                raise ThriftyError(f"{self.name} has no level {level}: its levels are 1 to {self.levels[-1]}")
         if not chosen:
             return []
         streams = [random.Random(f"{self.family.name}/{split}/{seed}/{level}") for level in chosen]

@@ -17,6 +17,8 @@ from thrifty.contracts import Problem
 from thrifty.tasks.tracing import Line, Mood, Step, Style, merge_lines, reword, write_lines
 
 LABELS = "abcdefghijklmnop"
+_NUMBER = re.compile(r"(?<![\d.])-?(?<!\d)\d{1,9}(?![\d.]*\d)")
+"""An integer that is no part of a longer or a decimal number."""
 Content = dict[str, Any]
 
 
@@ -109,7 +111,7 @@ class Machine:
 
     def parse(self, response: str) -> str | None:
         for line in reversed(response.splitlines()):
-            found = re.findall(r"-?\d{1,6}", line)
+            found = _NUMBER.findall(line)
             if found:
                 return " ".join(str(int(x)) for x in found[-self.width :]) if len(found) >= self.width else None
         return None
@@ -235,7 +237,7 @@ class Search:
 
     def parse(self, response: str) -> str | None:
         for line in reversed(response.splitlines()):
-            found = re.findall(r"\d{1,6}", line)
+            found = _NUMBER.findall(line)
             if found:
                 return " ".join(sorted((str(int(x)) for x in found), key=int))
         return None
