@@ -7,6 +7,7 @@ Everything is read off the tokenizer and its chat template by rendering probes. 
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from thrifty.contracts import Prompt, ThriftyError
 
@@ -107,6 +109,13 @@ class ChatFormat:
         """Text of a response's token ids, tags kept, special tokens (end of sequence, padding) dropped."""
         kept = [i for i in map(int, ids) if i not in self._dropped]
         return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+    def cut(self, ids: np.ndarray) -> int:
+        """Where the closing tag ends: the fewest leading ``ids`` whose text holds it; ``len(ids)`` where none does."""
+        found = np.flatnonzero(ids == (-1 if self.close_id is None else self.close_id))
+        if len(found):
+            return int(found[0]) + 1
+        return bisect.bisect_left(range(len(ids)), True, key=lambda n: self.close in self.decode(ids[:n].tolist()))
 
     @cached_property
     def close_id(self) -> int | None:

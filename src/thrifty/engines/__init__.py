@@ -1,0 +1,1 @@
+"""Requests in, traces out: engines, the meter that counts what they cost, the runner that drives strategies."""

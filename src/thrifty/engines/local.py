@@ -1,0 +1,269 @@
+"""The transformers engine: continuous batching over any causal language model with a plain key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thrifty.contracts import END_OF_THOUGHT, Finish, Prompt, Sample, Score, Scores, Span, ThriftyError, Trace, Usage
+from thrifty.engines import sampling
+from thrifty.engines.batch import Batch, Ended, Row
+from thrifty.engines.decoding import decode_rows
+from thrifty.engines.meter import Meter
+from thrifty.engines.reader import ScoreRow
+from thrifty.models.load import Loaded
+
+
+class LocalEngine:
+    """Runs ``loaded`` (one model, or several by role) on its own device. Implements ``contracts.Engine``.
+
+    ``batch_size`` rows run at once per role. ``temperature``, ``top_p`` and ``max_tokens`` hold where a request names
+    none; without any ``max_tokens`` a row may fill the context. ``prefix_bytes`` bounds the memory in which ended rows
+    stay, so that continuing them costs nothing. The meter counts every forward of the models.
+    """
+
+    name = "local"
+    capabilities = frozenset(
+        {"prefix", "logprobs", "entropies", "adapters", "controls", "patches", "decoder", "cancel", "score", "seed"}
+    )
+
+    def __init__(
+        self,
+        loaded: Loaded | Mapping[str, Loaded],
+        batch_size: int = 64,
+        seed: int = 0,
+        temperature: float = 0.7,
+        top_p: float = 1.0,
+        max_tokens: int | None = None,
+        prefix_bytes: int = 256 << 20,
+        meter: Meter | None = None,
+    ) -> None:
+        roles = loaded if isinstance(loaded, Mapping) else {"main": loaded}
+        if not roles or batch_size < 1:
+            raise ThriftyError(f"a local engine needs a model and a batch size of 1 or more, not {batch_size}")
+        self.seed, self.temperature, self.top_p, self.max_tokens = seed, temperature, top_p, max_tokens
+        self.meter = meter if meter is not None else Meter()
+        self.batches = {role: Batch(one, role, self.meter, batch_size, prefix_bytes) for role, one in roles.items()}
+        self._first = next(iter(self.batches))
+        self._rows: dict[int, Row] = {}
+        self._decoding: dict[int, list[Row]] = {}
+        self._ended: list[Ended] = []
+        self._wrappers: dict[str, Any] = {}
+
+    # What the runner calls -------------------------------------------------------------------------------
+
+    def submit(self, ticket: int, request: Sample | Score, key: tuple[Hashable, ...]) -> None:
+        """Queue one row; ThriftyError where it cannot run (unknown role or adapter, context too long)."""
+        batch = self._batch(request.role)
+        missing = [name for name in request.adapters if name not in batch.reader.dial.names]
+        if missing:
+            have = ", ".join(batch.reader.dial.names) or "none"
+            raise ThriftyError(
+                f"no adapter {missing[0]!r} on role {request.role!r} (it has: {have}): add_adapter first"
+            )
+        chat = batch.loaded.chat
+        prompt = chat.prompt_ids(request.prompt)
+        # Rows share keys and values only where the same weights made them.
+        strengths = tuple(sorted((name, float(s)) for name, s in request.adapters.items() if s))
+        patches = tuple((id(patch), float(s)) for patch, s in getattr(request, "patches", ()))
+        space = (strengths, patches)
+        if isinstance(request, Score):
+            texts = [np.array(self._ids(batch, text), np.int32) for text in request.continuations]
+            context = self._context(batch, key, prompt, request.prefix, (), max(map(len, texts), default=0))
+            batch.scores.append(ScoreRow(ticket, request, context, texts, space))
+            return
+        if request.n != 1 or request.first is not None:
+            raise ThriftyError("an engine takes one row at a time: n and first are the runner's")
+        if "" in request.until:
+            raise ThriftyError("an empty stop string in until would end every row at once: leave it out")
+        injected = self._ids(batch, request.inject.replace(END_OF_THOUGHT, chat.close))
+        context = self._context(batch, key, prompt, request.prefix, injected, 0)
+        wanted = request.max_tokens if request.max_tokens is not None else self.max_tokens
+        room = None if batch.loaded.context is None else batch.loaded.context - len(context)
+        caps: list[tuple[int, Finish]] = []
+        if wanted is not None:
+            caps.append((max(0, wanted - len(injected)), "length"))
+        if room is not None:
+            caps.append((room, "context"))
+        if not caps:
+            raise ThriftyError(f"model {batch.loaded.name} names no context length: give max_tokens")
+        cap, full = min(caps, key=lambda pair: pair[0])
+        row = Row(
+            ticket, request, context, len(prompt), len(injected), cap, full,
+            tuple(stop.replace(END_OF_THOUGHT, chat.close) for stop in request.until),
+            sampling.stream(self.seed, key), space,
+            temperature=self.temperature if request.temperature is None else request.temperature,
+            top_p=self.top_p if request.top_p is None else request.top_p,
+        )  # fmt: skip
+        if row.temperature < 0 or not 0 < row.top_p <= 1:
+            raise ThriftyError(f"temperature {row.temperature} and top_p {row.top_p}: need >= 0 and in (0, 1]")
+        self._rows[ticket] = row
+        if request.decoder is None:
+            batch.queue.append(row)
+        else:
+            self._decoding.setdefault(id(request.decoder), []).append(row)
+
+    def poll(self) -> list[tuple[int, Trace | Scores]]:
+        """Decode until at least one row has ended; all that have, empty when nothing is queued."""
+        with torch.inference_mode():
+            done = [reply for batch in self.batches.values() for reply in self._scored(batch)]
+            for rows in self._decoding.values():
+                self._ended += decode_rows(rows, {role: batch.reader for role, batch in self.batches.items()})
+            self._decoding.clear()
+            while True:
+                for batch in self.batches.values():
+                    self._ended += batch.ended
+                    batch.ended = []
+                if self._ended or done or not any(batch.busy for batch in self.batches.values()):
+                    break
+                for batch in self.batches.values():
+                    batch.admit()
+                    batch.step()
+        ended, self._ended = self._ended, []
+        return [*done, *((one.row.ticket, self._trace(one)) for one in ended)]
+
+    def limit(self, ticket: int, tokens: int) -> None:
+        """End the row as "cancelled" once it has ``tokens`` new tokens, injected ones included."""
+        row = self._rows.get(ticket)
+        if row is not None:
+            self._batch(row.request.role).cap(row, max(0, tokens - row.injected))
+
+    def thinking(self, prompt: Prompt) -> tuple[str, str]:
+        """The opening and closing tag of a chain; ("", "") for a model whose tokenizer and template name none."""
+        chat = self.batches[self._first].loaded.chat
+        return (chat.open, chat.close) if chat.declared else ("", "")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text that continues a response."""
+        return self._ids(self.batches[self._first], text)
+
+    # Weights ---------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, source: str | Path, role: str = "main") -> None:
+        """Put the LoRA saved in folder ``source`` beside the model; ``Sample.adapters`` sets its strength by ``name``.
+
+        Raises ThriftyError where the folder holds no LoRA that takes a strength per row.
+        """
+        from peft import PeftConfig, PeftModel
+
+        batch = self._batch(role)
+        if name in batch.reader.dial.names:
+            raise ThriftyError(f"role {role!r} has an adapter {name!r} already: choose another name")
+        folder = Path(source)
+        if not (folder / "adapter_config.json").is_file():
+            raise ThriftyError(f"{folder} holds no adapter (no adapter_config.json): give the folder that peft saved")
+        kind = PeftConfig.from_pretrained(str(folder)).peft_type
+        if kind != "LORA":
+            raise ThriftyError(
+                f"{folder} holds a {kind} adapter; only a LoRA takes a strength per row: convert it first"
+            )
+        wrapper = self._wrappers.get(role, batch.loaded.model)
+        if isinstance(wrapper, PeftModel):
+            wrapper.load_adapter(str(folder), adapter_name=name)
+        else:
+            wrapper = PeftModel.from_pretrained(wrapper, str(folder), adapter_name=name)
+        self._wrappers[role] = wrapper.eval()
+        batch.reader.reset()
+        for layer in {id(x): x for layers in batch.reader.dial.layers.values() for x in layers}.values():
+            layer.set_adapter(list(layer.scaling), inference_mode=True)
+        with batch.reader.dial({name: [1.0]}):
+            """Raises where the kind of LoRA takes no strength per row."""
+
+    def reset(self) -> None:
+        """Forget what ended rows left: call it when weights or adapters were changed from outside."""
+        if any(batch.busy for batch in self.batches.values()):
+            raise ThriftyError("rows are under way: poll until they have ended before the weights change")
+        for batch in self.batches.values():
+            batch.reader.reset()
+
+    # Inside ----------------------------------------------------------------------------------------------
+
+    def _batch(self, role: str) -> Batch:
+        if role not in self.batches:
+            raise ThriftyError(f"no model for role {role!r}; this engine has: {', '.join(self.batches)}")
+        return self.batches[role]
+
+    @staticmethod
+    def _ids(batch: Batch, text: str) -> list[int]:
+        return list(batch.loaded.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    @staticmethod
+    def _context(
+        batch: Batch, key: tuple[Hashable, ...], prompt: Sequence[int], prefix: Any, injected: Sequence[int], more: int
+    ) -> np.ndarray:
+        context = np.concatenate([np.asarray(part, np.int32) for part in (prompt, prefix, injected)])
+        limit = batch.loaded.context
+        if not len(context):
+            raise ThriftyError(f"empty prompt for {key}: there is no token to start from")
+        if limit is not None and len(context) + more > limit:
+            raise ThriftyError(
+                f"{key}: the prompt has {len(prompt)} tokens, the response so far {len(context) - len(prompt) + more}; "
+                f"together they exceed the {limit} tokens of {batch.loaded.name}'s context: shorten the prompt"
+            )
+        return context
+
+    def _scored(self, batch: Batch) -> list[tuple[int, Scores]]:
+        replies = []
+        for row in batch.score():
+            usage = Usage(prompt=row.read, cached=row.cached, calls=1, seconds=row.seconds)
+            self._count(batch.role, usage)
+            replies.append((row.ticket, Scores(row.values, usage)))
+        return replies
+
+    def _trace(self, ended: Ended) -> Trace:
+        row, request = ended.row, ended.row.request
+        del self._rows[row.ticket]
+        chat = self._batch(request.role).loaded.chat
+        ids = np.concatenate([row.context[row.prompt :], ended.ids])
+        start = len(row.context) - row.prompt - row.injected
+        text = chat.decode(ids.tolist())
+        thought, response, closed = chat.split(text)
+        # Everything up to the closing tag, tag included, is thought.
+        cut = len(ids) if not closed else chat.cut(ids) if chat.close in text else 0
+        forced = np.zeros(len(ids), bool)
+        forced[start : start + row.injected] = True
+        forced[[start + row.injected + at for at in row.forced_at]] = True
+        sampled = np.flatnonzero(~forced[start:]) + start
+        inside = int((sampled < cut).sum())
+        ran = len(ended.ids) > 0 or row.read > 0 or row.cached > 0
+        usage = Usage(
+            prompt=row.read,
+            cached=row.cached,
+            thought=inside,
+            answer=len(sampled) - inside,
+            injected=int(forced.sum()) if ran else 0,
+            discarded=len(sampled) if ended.finish == "cancelled" else 0,
+            calls=int(ran),
+            seconds=row.seconds,
+        )
+        self._count(request.role, usage)
+        unknown = np.full(row.injected, np.nan, np.float32)
+        return Trace(
+            ids=ids, thought=thought, response=response, closed=closed, finish=ended.finish, start=start,
+            spans=_spans(start, cut, forced),
+            logprobs=np.concatenate([unknown, ended.logprobs]) if "logprobs" in request.want else None,
+            entropies=np.concatenate([unknown, ended.entropies]) if "entropies" in request.want else None,
+            usage=usage,
+        )  # fmt: skip
+
+    def _count(self, role: str, usage: Usage) -> None:
+        self.meter.count(
+            role, prompt=usage.prompt, cached=usage.cached, thought=usage.thought, answer=usage.answer,
+            injected=usage.injected, discarded=usage.discarded, calls=usage.calls, seconds=usage.seconds,
+        )  # fmt: skip
+
+
+def _spans(start: int, cut: int, forced: np.ndarray) -> tuple[Span, ...]:
+    """Runs of tokens of one kind and origin among the new ones."""
+    kinds = [("thought" if i < cut else "answer", bool(forced[i])) for i in range(start, len(forced))]
+    edges = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    spans = []
+    for begin, end in zip([0, *edges], [*edges, len(kinds)]):
+        if end > begin:
+            kind, put_in = kinds[begin]
+            spans.append(Span(start + begin, start + end, kind, "injected" if put_in else "sampled"))  # type: ignore[arg-type]
+    return tuple(spans)
