@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPLITS", "as_dataset", "load", "names"]
 
-_SEPARATOR = re.compile(rf"\s*[,+]\s*(?=(?:rg|hf|file):|(?:{'|'.join(EMBEDDED)})(?:\s*[,+]|\s*$))")
+_SEPARATOR = re.compile(rf"\s*[,+]\s*(?=(?:rg|hf|file):|(?:{'|'.join(EMBEDDED)})(?:-b)?(?:\s*[,+]|\s*$))")
 
 
 def names() -> list[str]:
@@ -68,7 +68,7 @@ def _load_one(
     spec: Spec, question: str | None, answer: str | None, split: str | None, config: dict[str, Any], gold: bool
 ) -> Task:
     if spec.kind == "embedded":
-        if spec.name not in EMBEDDED:
+        if spec.name.removesuffix("-b") not in EMBEDDED:
             raise ThriftyError(_unknown(spec.name))
         from thrifty.tasks import embedded
 

@@ -97,6 +97,14 @@ def normal(text: str) -> str:
     >>> normal("**1,000.0**."), normal("(B)"), normal("  New   York. "), normal(r"$\dfrac{x}{2}$")
     ('1000', 'b', 'new york', '\\frac{x}{2}')
     """
+    before = None
+    while before != text:
+        before, text = text, _normal_once(text)
+    return text
+
+
+def _normal_once(text: str) -> str:
+    """One pass; what it leaves may unwrap further, never into something longer but a number's one spelling."""
     text = _unwrap(text)
     value = number(text)
     if value is not None:
@@ -126,7 +134,7 @@ def _unwrap(text: str) -> str:
                 inner = text.rstrip(".")[len(left) : -len(right)]
                 if left[-1] not in inner or left in ("\\(", "\\["):
                     text = inner
-    return text
+    return "" if not text.strip("$*_`.") else text
 
 
 def boxed(text: str) -> str | None:

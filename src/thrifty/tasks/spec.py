@@ -58,9 +58,9 @@ def parse_spec(text: str) -> Spec:
         )
     name, _, query = rest.partition("?")
     if not name:
-        raise ThriftyError(f"the task {text!r} names nothing; write {text or 'rg:'}NAME, for example rg:chain_sum")
+        raise ThriftyError(f"the task {text!r} names nothing; write for example roll, rg:chain_sum or file:x.jsonl")
     pairs = parse_qsl(query, keep_blank_values=True)
-    if query and len(pairs) != query.count("&") + 1:
+    if query and not all("=" in part for part in query.split("&")):
         raise ThriftyError(f"cannot read the options of {text!r}; write ?key=value&key=value")
     return Spec(text, kind, name, dict(pairs))
 
@@ -81,15 +81,20 @@ def normalised(text: str) -> str:
 _ASCII = bytes(32 if chr(code).isspace() else ord(chr(code).lower()) for code in range(128)) + bytes(128)
 
 
-def content_key(text: str) -> int:
-    """A 64-bit key of the normalised text."""
+def content_digest(text: str) -> bytes:
+    """Eight bytes of the normalised text's blake2b hash; b"" for a text without content."""
     if text.isascii():
         data = text.encode().translate(_ASCII).strip()
         if b"  " in data:
             data = b" ".join(data.split())
     else:
         data = normalised(text).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hashlib.blake2b(data, digest_size=8).digest() if data else b""
+
+
+def content_key(text: str) -> int:
+    """A 64-bit key of the normalised text: its digest, little-endian (0 for a text without content)."""
+    return int.from_bytes(content_digest(text), "little")
 
 
 _EDGES = np.cumsum([FRACTIONS[split] for split in SPLITS])[:-1]

@@ -10,9 +10,10 @@ import csv
 import itertools
 import json
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from thrifty.contracts import ThriftyError
 
@@ -57,7 +58,7 @@ def open_table(path: Path) -> Table:
     if not path.exists():
         near = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
         names = [p.name for p in near if p.suffix.casefold() in KINDS]
-        here = f"{path.parent} has: {', '.join(names[:10])}." if names else f"{path.parent} has no data file."
+        here = f"Its folder has: {', '.join(names[:10])}." if names else "Its folder has no data file either."
         raise ThriftyError(f"{path} does not exist. {here} Check the path (it is relative to {Path.cwd()}).")
     if not path.is_file():
         raise ThriftyError(f"{path} is not a regular file; save the data to a file first.")
@@ -80,6 +81,35 @@ def open_table(path: Path) -> Table:
     return KINDS[suffix](path)
 
 
+def blocks(path: Path, noun: str, start: int = 0, size: int = BLOCK) -> Iterator[tuple[int, list[bytes]]]:
+    """(offset, whole lines with their ends) from an offset on, about ``size`` bytes at a time."""
+
+    def check(line: bytes) -> None:
+        if len(line) > MAX_ROW:
+            raise ThriftyError(
+                f"{path}: {noun} {done + 1} is longer than {MAX_ROW >> 20} MB. Are its line ends lost? "
+                "Cut that row, or delete it."
+            )
+
+    done, rest = 0, b""
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(size):
+            end = block.rfind(b"\n") + 1
+            if end == 0:
+                rest += block
+                check(rest)
+                continue
+            # Not splitlines: it also splits at a carriage return.
+            lines = [line + b"\n" for line in (rest + block[:end]).split(b"\n")[:-1]]
+            rest = block[end:]
+            check(lines[0])
+            yield start, lines
+            start, done = start + sum(map(len, lines)), done + len(lines)
+    if rest:
+        yield start, [rest]
+
+
 class JsonLines:
     """One JSON object a line; positions are byte offsets."""
 
@@ -96,7 +126,7 @@ class JsonLines:
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
         """As ``Table.scan``; without columns the value is the whole row."""
         names, row = tuple(columns), 0
-        for start, lines in self._blocks():
+        for start, lines in blocks(self.path, "row"):
             positions = itertools.accumulate(map(len, lines), initial=start)
             for line, position, value in zip(lines, positions, _loads_all(lines)):
                 row += 1
@@ -107,33 +137,6 @@ class JsonLines:
                         continue
                     value = self._parse(line, row, position)
                 yield position, row, tuple([value.get(name) for name in names]) if names else (value,)
-
-    def _blocks(self) -> Iterator[tuple[int, list[bytes]]]:
-        """(offset, whole lines with their ends), about a megabyte at a time."""
-        start, rows, rest = 0, 0, b""
-        with self.path.open("rb") as file:
-            while block := file.read(BLOCK):
-                if b"\n" in block:
-                    end = block.rindex(b"\n") + 1
-                    # Not splitlines: it also splits at a carriage return.
-                    lines = [line + b"\n" for line in (rest + block[:end]).split(b"\n")[:-1]]
-                    rest = block[end:]
-                    if len(lines[0]) > MAX_ROW:
-                        raise self._too_long(rows + 1)
-                    yield start, lines
-                    start, rows = start + sum(map(len, lines)), rows + len(lines)
-                else:
-                    rest += block
-                    if len(rest) > MAX_ROW:
-                        raise self._too_long(rows + 1)
-        if rest:
-            yield start, [rest]
-
-    def _too_long(self, row: int) -> ThriftyError:
-        return ThriftyError(
-            f"{self.name}: row {row} is longer than {MAX_ROW >> 20} MB. Is it one JSON object a line? "
-            "Cut that row, or delete it."
-        )
 
     def _parse(self, line: bytes, row: int, start: int) -> Row:
         """One line as an object, or an error that says what is wrong with it."""
@@ -228,46 +231,40 @@ class Csv:
         with path.open("rb") as file:
             head = file.readline(MAX_ROW).removeprefix(BOM).decode(errors="replace")
         self.delimiter = max(",;\t", key=head.count)
-        with path.open("rb") as file:
-            _, _, header = next(self._records(file, 0), (0, 0, []))
+        _, _, header = next(self._records(), (0, 0, []))
         self._header = [name.strip() for name in header]
         if not any(self._header):
             raise ThriftyError(f"{self.name}: the first line is blank; it must name the columns.")
 
-    def _records(self, file: IO[bytes], position: int, row: int = 0) -> Iterator[tuple[int, int, list[str]]]:
-        """(offset, row, fields) from the file's place on; the header is row 0."""
-        state = {"start": position, "next": position, "line": 0}
+    def _records(self, position: int = 0, block: int = BLOCK) -> Iterator[tuple[int, int, list[str]]]:
+        """(offset, row, fields) of the records from an offset on; from the start on the header is row 0."""
+        offsets = array("q")
 
         def lines() -> Iterator[str]:
-            while line := file.readline(MAX_ROW + 1):
-                state["line"] += 1
-                at, state["next"] = state["next"], state["next"] + len(line)
-                if len(line) > MAX_ROW:
-                    raise ThriftyError(f"{self.name}: line {state['line']} is longer than {MAX_ROW >> 20} MB. Cut it.")
-                if at == 0:
-                    line = line.removeprefix(BOM)
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError as error:
-                    raise not_utf8(self.name, f"line {state['line']}", error, at) from error
+            for start, batch in blocks(self.path, "line", position, block):
+                offsets.extend(itertools.accumulate(map(len, batch), initial=start))
+                offsets.pop()
+                if start == 0:
+                    batch[0] = batch[0].removeprefix(BOM)
+                yield from map(bytes.decode, batch)
 
         csv.field_size_limit(MAX_ROW)
         reader = csv.reader(lines(), delimiter=self.delimiter, strict=True)
-        while True:
-            state["start"], first = state["next"], state["line"] + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise ThriftyError(
-                    f"{self.name}: row {row} (it begins on line {first}) is not valid CSV: {error}. "
-                    'Is a quote left open or not doubled ("")?'
-                ) from error
-            if not fields:
-                continue
-            yield state["start"], row, fields
-            row += 1
+        row = before = 0
+        try:
+            for fields in reader:
+                if fields:
+                    yield offsets[before], row, fields
+                    row += 1
+                before = reader.line_num
+        except UnicodeDecodeError as error:
+            line = reader.line_num
+            raise not_utf8(self.name, f"line {line + 1}", error, offsets[line]) from error
+        except csv.Error as error:
+            raise ThriftyError(
+                f"{self.name}: row {row} (it begins on line {before + 1}) is not valid CSV: {error}. "
+                'Is a quote left open or not doubled ("")?'
+            ) from error
 
     def peek(self) -> list[Row]:
         names = tuple(self._header)
@@ -279,25 +276,24 @@ class Csv:
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
         width = len(self._header)
         places = [self._header.index(name) if name in self._header else width for name in columns]
-        with self.path.open("rb") as file:
-            for position, row, fields in self._records(file, 0):
-                if row == 0:
-                    continue
-                if len(fields) > width and any(fields[width:]):
+        for position, row, fields in self._records():
+            if row == 0:
+                continue
+            if len(fields) != width:
+                if any(fields[width:]):
                     raise ThriftyError(
                         f"{self.name}: row {row} has {len(fields)} fields, the header has {width}. "
                         f"Put quotes around a text that holds {self.delimiter!r}."
                     )
-                yield position, row, tuple([fields[i] if i < len(fields) and i < width else None for i in places])
+                fields = (fields + [""] * width)[:width]
+            yield position, row, tuple([fields[i] if i < width else None for i in places])
 
     def fetch(self, positions: Sequence[int]) -> list[Row]:
         if _stamp(self.path) != self._stat:
             raise ThriftyError(f"{self.name} changed while it was in use. Start again when it is complete.")
         rows: dict[int, Row] = {}
-        with self.path.open("rb") as file:
-            for position in sorted(set(positions)):
-                file.seek(position)
-                rows[position] = dict(zip(self._header, next(self._records(file, position))[2]))
+        for position in sorted(set(positions)):
+            rows[position] = dict(zip(self._header, next(self._records(position, block=2**14))[2]))
         return [rows[position] for position in positions]
 
 
@@ -378,14 +374,18 @@ def _loads_all(lines: list[bytes]) -> list[Any]:
 
     None for a line that has to be looked at by itself: every line of a batch that is not valid as a whole.
     """
+    mark = "end of line"
+    between = f',"{mark}",'.encode()
     values: list[Any] = []
     for first in range(0, len(lines), 1000):
         batch = lines[first : first + 1000]
         try:
-            parsed = json.loads("[" + b",".join(batch).decode() + "]")
+            parsed = json.loads("[" + between.join(batch).decode() + "]")
         except (ValueError, RecursionError):
             parsed = []
-        values += parsed if len(parsed) == len(batch) else [None] * len(batch)
+        # Between any two lines' values stands the mark, unless values begin or end within a line.
+        whole = len(parsed) == 2 * len(batch) - 1 and parsed[1::2].count(mark) == len(batch) - 1
+        values += parsed[::2] if whole else [None] * len(batch)
     return values
 
 
