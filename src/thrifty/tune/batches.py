@@ -57,7 +57,8 @@ class Batch:
     ``weights[b, t]`` the weight of its loss: 0 at prompts, padding and document ends."""
 
     input_ids: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
+    """Restarting at every document; None where every row is one document."""
     labels: Tensor
     weights: Tensor
     strengths: Tensor | None
@@ -77,7 +78,8 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward: no mask and no cache, so that restarts isolate documents."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        inputs = {"input_ids": self.input_ids, "use_cache": False}
+        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
 def examples(
@@ -121,7 +123,7 @@ def collate(rows: Sequence[Sequence[Example]]) -> Batch:
     shape = (len(rows), width)
     ids, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weights, strengths = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    positions = np.broadcast_to(np.arange(width), shape).copy()
+    positions = np.zeros(shape, np.int64)
     packed = any(len(row) > 1 for row in rows)
     for r, row in enumerate(rows):
         start = 0
@@ -131,18 +133,14 @@ def collate(rows: Sequence[Sequence[Example]]) -> Batch:
             labels[r, start : end - 1] = ids[r, start + 1 : end]
             weights[r, start : end - 1] = example.loss_weights()[1:]
             strengths[r, start:end] = example.strength
-            if packed:
-                positions[r, start:] -= positions[r, start]  # restart here, for the padding too
+            positions[r, start:end] = np.arange(end - start)
             start = end
-        if packed:
-            positions[r, start:] -= positions[r, start] if start < width else 0
-        else:
-            strengths[r] = row[0].strength
+        positions[r, start:] = np.arange(width - start)  # padding is a document of its own
     flat = tuple(example for row in rows for example in row)
     dialled = any(example.strength != 1.0 for example in flat)
     return Batch(
         input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
+        position_ids=torch.from_numpy(positions) if packed else None,
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights),
         strengths=torch.from_numpy(strengths if packed else strengths[:, 0]) if dialled else None,
@@ -194,6 +192,8 @@ def packs(model: torch.nn.Module, vocabulary: int) -> bool:
     was, _ = model.training, model.eval()
     try:
         a, b = (model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 4:] for x in (ids, other))
+    except TypeError:  # it takes no positions
+        return False
     finally:
         model.train(was)
     return bool((a - b).abs().max() <= 8 * torch.finfo(a.dtype).eps * a.abs().max())

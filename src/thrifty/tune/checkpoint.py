@@ -1,4 +1,4 @@
-"""What lets a loop stop and go on. Checkpoints are nested state as JSON and safetensors (no pickle), written aside, then renamed.
+"""What lets a loop stop and go on: checkpoints as JSON and safetensors (no pickle), written aside, then renamed.
 
 A folder ``step-00000100`` holds the state after 100 steps. It appears whole or not at all, so a kill at any moment
 leaves the one before it.

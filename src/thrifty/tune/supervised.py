@@ -366,7 +366,9 @@ def _restore(
             weights[name].copy_(value)
     optimizer.load_state_dict(saved["optimizer"])
     source.load_state_dict(saved["source"])
-    for hook, state in zip(hooks, saved["hooks"], strict=True):
+    if len(hooks) != len(saved["hooks"]):
+        raise ThriftyError(f"{folder} was made with {len(saved['hooks'])} hooks, not {len(hooks)}: give the same ones")
+    for hook, state in zip(hooks, saved["hooks"]):
         hook.load_state_dict(state)
 
 
