@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from thrifty import assets
 from thrifty.contracts import ThriftyError
 from thrifty.models.chat import ChatFormat
 
@@ -59,7 +61,9 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, use_safetensors=True)
         model = model.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        where = f"folder {folder}" if folder is not None else f"Hub id {name!r} (no such folder here)"
+        near = difflib.get_close_matches(name, assets.available(), 1, 0.6)
+        hint = f"; did you mean the student {near[0]!r}" if near else ""
+        where = f"folder {folder}" if folder is not None else f"Hub id {name!r} (no such folder here{hint})"
         raise ThriftyError(f"cannot load a causal language model from {where}: {_first_line(error)}") from error
     return wrap(model, tokenizer, name, folder)
 
@@ -90,13 +94,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _asset(name: str) -> Path | None:
-    # Assets stand below models in the order of imports (they are built with models), so they are asked on demand.
-    try:
-        from thrifty import assets
-    except ImportError:
-        return None
-    found = assets.find(name)
-    return None if found is None else Path(found)
+    return assets.find(name) if name.removesuffix("-0") in assets.NAMES else None
 
 
 def _check_folder(folder: Path) -> None:
