@@ -28,9 +28,15 @@ def first_right(thought: str, answer: str, parse: Callable[[str], str | None] | 
     >>> round(first_right("7 + 3 = 10 . 10 - 1 = 9 . check 9 + 1 = 10 . so 9 .", "9"), 2)
     0.49
     """
-    if not thought or not answer.strip():
+    return _first_right(thought, cuts(thought), answer, parse)
+
+
+def _first_right(
+    thought: str, ranges: Sequence[tuple[int, int]], answer: str, parse: Callable[[str], str | None] | None
+) -> float | None:
+    if not answer.strip():
         return None
-    for start, end in cuts(thought):
+    for start, end in ranges:
         step = thought[start:end]
         if (parse(step) == answer) if parse else _ends_with(step, answer):
             return (start + len(step.rstrip())) / len(thought)
@@ -69,8 +75,9 @@ def profile(
         raise ThriftyError("profile: thoughts, answers, right and tokens must be of one length")
     if not thoughts:
         return Profile(None, None, None, None, 0.0, 0.0, 0.0)
-    found = [first_right(t, a, parse) for t, a in zip(thoughts, answers, strict=True)]
-    dealt = [first_right(t, a, parse) for t, a in zip(thoughts, _other(answers), strict=True)]
+    ranges = [cuts(thought) for thought in thoughts]
+    found = [_first_right(t, r, a, parse) for t, r, a in zip(thoughts, ranges, answers, strict=True)]
+    dealt = [_first_right(t, r, a, parse) for t, r, a in zip(thoughts, ranges, _other(answers), strict=True)]
     until = np.array([1.0 if f is None else f for f in found])
     chance = np.array([1.0 if f is None else f for f in dealt])
     had = np.array([f is not None for f in found])

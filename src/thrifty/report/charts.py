@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import altair as alt
@@ -12,6 +13,9 @@ from thrifty.measure import stats
 from thrifty.measure.profile import Profile
 from thrifty.report.run import Run, level_name
 from thrifty.report.theme import FONT
+
+VEGA_LITE = alt.SCHEMA_VERSION.lstrip("v").rsplit(".", 1)[0]
+"""The Vega-Lite version that altair writes, as vl-convert names it."""
 
 
 def frontier(run: Run) -> dict[str, Any]:
@@ -45,7 +49,8 @@ def frontier(run: Run) -> dict[str, Any]:
         scale=alt.Scale(domain=[0, right], nice=False),
         axis=alt.Axis(tickCount=8),
     )
-    y_scale = alt.Scale(domain=[max(0.0, bottom - pad), min(1.0 + pad / 2, top + pad)], nice=False)
+    domain = [max(0.0, bottom - pad), min(1.0 + pad / 2, top + pad)]
+    y_scale = alt.Scale(domain=domain, nice=False)
     y = alt.Y("value:Q", title=measure, scale=y_scale, axis=alt.Axis(format=".0%"))
     colour = _colour(run)
     base = alt.Chart(alt.Data(values=rows))
@@ -55,13 +60,13 @@ def frontier(run: Run) -> dict[str, Any]:
         alt.Tooltip("tokens:Q", title="thinking tokens", format=".1f"), "pareto:N",
     ]  # fmt: skip
     layers = []
-    if run.line is not None:
-        ends = [r for r in rows if r["setting"] in run.line]
-        layers.append(
-            alt.Chart(alt.Data(values=ends))
-            .mark_line(stroke="var(--faint)", strokeDash=[5, 4], strokeWidth=1.5)
-            .encode(x=x, y=y)
-        )
+    points = [(rows[i]["tokens"], rows[i]["value"]) for i in front]
+    lines = [[p for (ta, a), (tb, b) in pairwise(points) for p in ((ta, a), (tb, a), (tb, b))]]
+    ends = [i for i, s in enumerate(shown) if s["name"] in (run.line or ())]
+    if len(ends) == 2:
+        lines.append([(rows[i]["tokens"], rows[i]["value"]) for i in ends])
+        chord = alt.Chart(alt.Data(values=[rows[i] for i in ends]))
+        layers.append(chord.mark_line(stroke="var(--faint)", strokeDash=[5, 4], strokeWidth=1.5).encode(x=x, y=y))
     steps = [rows[i] for i in front]
     layers += [
         alt.Chart(alt.Data(values=steps))
@@ -77,7 +82,7 @@ def frontier(run: Run) -> dict[str, Any]:
             x=x, y=y, color=colour, tooltip=tooltip
         ),
     ]
-    for place, row in zip(_places(rows, right, y_scale.to_dict()["domain"]), rows, strict=True):
+    for place, row in zip(_places(rows, lines, right, domain), rows, strict=True):
         layers.append(
             alt.Chart(alt.Data(values=[row]))
             .mark_text(**place, fontSize=12, fill="var(--ink)")
@@ -86,29 +91,42 @@ def frontier(run: Run) -> dict[str, Any]:
     return _spec(alt.layer(*layers), height=360)
 
 
-def _places(rows: Sequence[Mapping[str, Any]], right: float, span: Sequence[float]) -> list[dict[str, Any]]:
-    """Where each point's label goes: the first corner that meets no point, no interval and no label placed before."""
-    width, height = 1000.0, 330.0
-    taken: list[tuple[float, ...]] = []
+def _places(
+    rows: Sequence[Mapping[str, Any]],
+    lines: Sequence[Sequence[tuple[float, float]]],
+    right: float,
+    span: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Where each point's label goes: the corner that meets the fewest points, intervals, lines and earlier labels.
+
+    ``lines`` are the drawn lines as (tokens, value) points. Reckoned on 1000 x 330 pixels; narrow pages hide labels.
+    """
+
+    def pixels(tokens: float, value: float) -> tuple[float, float]:
+        return tokens / right * 1000, (span[1] - value) / (span[1] - span[0]) * 330
+
+    taken: list[tuple[float, float, float, float]] = []
     for r in rows:
-        at_x, at_y = r["tokens"] / right * width, (span[1] - r["value"]) / (span[1] - span[0]) * height
-        taken.append((at_x - 7, at_y - 7, at_x + 7, at_y + 7))
-        low, high = ((span[1] - r[end]) / (span[1] - span[0]) * height for end in ("low", "high"))
-        taken.append((at_x - 2, high, at_x + 2, low))
+        (x, y), (_, low), (_, high) = (pixels(r["tokens"], r[key]) for key in ("value", "low", "high"))
+        taken += [(x - 7, y - 7, x + 7, y + 7), (x - 2, high, x + 2, low)]
+    for line in lines:
+        for (xa, ya), (xb, yb) in pairwise(pixels(*point) for point in line):
+            dots = ((xa + k / 60 * (xb - xa), ya + k / 60 * (yb - ya)) for k in range(61))
+            taken += [(x, y, x + 1, y + 1) for x, y in dots]
     places = []
     for r in rows:
-        at_x, at_y = r["tokens"] / right * width, (span[1] - r["value"]) / (span[1] - span[0]) * height
+        x, y = pixels(r["tokens"], r["value"])
         long = 7.0 * len(r["setting"])
-        boxes: list[tuple[float, int, tuple[float, ...], dict[str, Any]]] = []
+        corners: list[tuple[float, int, tuple[float, float, float, float], dict[str, Any]]] = []
         for align, dx in (("left", 9), ("right", -9)):
             for baseline, dy in (("bottom", -7), ("top", 7)):
-                x0 = at_x + dx - (long if align == "right" else 0)
-                y0 = at_y + dy - (14 if baseline == "bottom" else 0)
-                box = (x0, y0, x0 + long, y0 + 14)
-                hits = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-                hits += 2 * (x0 < 0 or x0 + long > width + 20 or y0 < -14 or y0 + 14 > height)
-                boxes.append((hits, len(boxes), box, {"align": align, "dx": dx, "baseline": baseline, "dy": dy}))
-        best = min(boxes, key=lambda b: b[:2])
+                x0 = x + dx - (long if align == "right" else 0)
+                y0 = y + dy - (14 if baseline == "bottom" else 0)
+                hits = sum(x0 < t[2] and t[0] < x0 + long and y0 < t[3] and t[1] < y0 + 14 for t in taken)
+                outside = x0 < 0 or x0 + long > 1020 or y0 < -14 or y0 + 14 > 330
+                place = {"align": align, "dx": dx, "baseline": baseline, "dy": dy}
+                corners.append((hits + 100 * outside, len(corners), (x0, y0, x0 + long, y0 + 14), place))
+        best = min(corners, key=lambda corner: corner[:2])
         taken.append(best[2])
         places.append(best[3])
     return places
@@ -254,7 +272,7 @@ def _spec(chart: Any, height: int) -> dict[str, Any]:
     }  # fmt: skip
     spec = chart.properties(width="container", height=height).configure(font=FONT, background="transparent")
     spec = spec.configure_view(stroke=None).configure_axis(**axis).configure_axisX(grid=False)
-    made = dict(spec.to_dict())
+    made = dict(spec.to_dict(validate=False))  # validation costs a second; a test draws every chart
     made.pop("$schema", None)  # an address, though nobody fetches it
     return made
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ from thrifty.report import table, theme, viewer
 from thrifty.report.run import Run, label, load, percent
 from thrifty.traces.segment import KINDS, segment
 
-PROFILED = 2000
+PROFILED = 1000
 """Chains per setting that the overthinking profile reads at most: segmenting more tells nothing new."""
 
 
@@ -34,7 +33,7 @@ def write_report(folder: str | Path) -> Path:
 
     Raises ThriftyError where a file is broken or the report extra is not installed.
     """
-    charts, vl_convert = _extra()
+    charts = _charts()
     run = load(folder)
     profiles = _profiles(run)
     kinds = _kinds(run)
@@ -52,7 +51,6 @@ def write_report(folder: str | Path) -> Path:
     specs |= {f"length-{i}": chart["spec"] for i, chart in enumerate(lengths)}
     specs = {name: spec for name, spec in specs.items() if spec}
     shown = viewer.embedded(run)
-    bundle = vl_convert.javascript_bundle(vl_version=charts.alt.SCHEMA_VERSION.lstrip("v").rsplit(".", 1)[0])
     page = _environment().get_template("template.html.jinja").render(
         run=run,
         best=run.setting(run.best) if run.best else None,
@@ -69,8 +67,8 @@ def write_report(folder: str | Path) -> Path:
         version=__version__,
         style=Markup(_resource("report.css")),
         script=Markup(_script(_resource("viewer.js"))),
-        bundle=Markup(_script(bundle)),
-        data=Markup(_json({"charts": specs, "viewer": shown})),
+        bundle=Markup(_script(_bundle())),
+        data=Markup(viewer.as_json({"charts": specs, "viewer": shown})),
     )  # fmt: skip
     path = Path(folder) / "report.html"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -86,30 +84,41 @@ def write_report(folder: str | Path) -> Path:
 
 def picture(folder: str | Path, path: str | Path, scheme: str = "light") -> Path:
     """Write the accuracy/tokens chart of a run folder as SVG, in the colours of "light" or "dark"."""
-    charts, vl_convert = _extra()
+    charts = _charts()
+    import vl_convert
+
     run, path = load(folder), Path(path)
     spec = theme.coloured(charts.frontier(run), run, scheme)
     if not spec:
         raise ThriftyError(f"{folder}: nothing to draw; no setting has an accuracy and thinking tokens")
     spec |= {"width": 680, "height": 380, "background": theme.THEMES[scheme]["page"], "padding": 16}
-    svg = vl_convert.vegalite_to_svg(spec, vl_version=charts.alt.SCHEMA_VERSION.lstrip("v").rsplit(".", 1)[0])
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=charts.VEGA_LITE)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(svg, encoding="utf-8")
     os.replace(temporary, path)
     return path
 
 
-def _extra() -> tuple[ModuleType, ModuleType]:
-    """The parts that need the report extra; imported late because altair takes a second."""
+def _charts() -> ModuleType:
+    """The part that needs the report extra, imported late because altair takes a second."""
     try:
-        import vl_convert
+        import vl_convert  # noqa: F401
 
         from thrifty.report import charts
     except ImportError as error:
         raise ThriftyError(
             f"the report needs altair and vl-convert-python ({error.name} is missing): pip install 'thrifty[report]'"
         ) from error
-    return charts, vl_convert
+    return charts
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; vl-convert takes seconds to put it together."""
+    import vl_convert
+
+    version = _charts().VEGA_LITE
+    return str(vl_convert.javascript_bundle(vl_version=version))  # type: ignore[call-arg]  # its stub is wrong
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -233,14 +242,6 @@ def _environment() -> jinja2.Environment:
 
 def _resource(name: str) -> str:
     return (resources.files("thrifty.report") / name).read_text(encoding="utf-8")
-
-
-def _json(data: Mapping[str, Any]) -> str:
-    """JSON that cannot end its script element, whatever the chains contain."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _script(code: str) -> str:

@@ -11,10 +11,9 @@ function element(name, attributes = {}, ...children) {
 
 // ---------------------------------------------------------------------------------------------------- charts
 // Colours are CSS variables, so light and dark need no second drawing. `ast` spares the page `eval`.
-for (const place of document.querySelectorAll("[data-chart]")) {
+const drawn = [...document.querySelectorAll("[data-chart]")].map((place) =>
   window.vegaEmbed(place, charts[place.dataset.chart], { renderer: "svg", actions: false, ast: true, mode: "vega-lite" })
-    .catch((error) => { place.textContent = `This chart could not be drawn: ${error.message}`; console.error(error); });
-}
+    .catch((error) => { place.textContent = `This chart could not be drawn: ${error.message}`; console.error(error); }));
 
 // ----------------------------------------------------------------------------------------------------- table
 const table = $("settings-table");
@@ -65,9 +64,10 @@ function startViewer() {
     if (item) select(item.dataset.id);
   });
   document.addEventListener("keydown", onKey);
-  window.addEventListener("hashchange", () => fromHash(true));
+  window.addEventListener("hashchange", fromHash);
   update();
-  fromHash(true);
+  fromHash();
+  Promise.all(drawn).then(fromHash);  // charts have pushed the viewer down meanwhile
 
   function fill(id, options) {
     $(id).replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
@@ -119,7 +119,7 @@ function startViewer() {
     history.replaceState(null, "", `#problem=${encodeURIComponent(id)}`);
     show();
   }
-  function fromHash(scroll) {
+  function fromHash() {
     const match = location.hash.match(/^#problem=(.*)$/);
     if (!match) return;
     const id = decodeURIComponent(match[1]);
@@ -131,7 +131,7 @@ function startViewer() {
     }
     state.id = id;
     update();
-    if (scroll) $("traces").scrollIntoView();
+    $("traces").scrollIntoView({ behavior: "instant" });
   }
   function show() {
     const list = $("problems");

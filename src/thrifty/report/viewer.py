@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from thrifty.measure.profile import first_right
@@ -12,8 +13,8 @@ from thrifty.traces.store import TraceRow
 
 PROBLEMS = 200
 """At most so many problems are embedded."""
-CHARACTERS = 1_300_000
-"""And at most so many characters of chains, so that the page stays below 3 MB."""
+BYTES = 1_600_000
+"""And at most so many bytes of them, so that the page stays below 3 MB."""
 LONGEST = 20_000
 """A longer chain is cut, and says so."""
 
@@ -21,23 +22,23 @@ LONGEST = 20_000
 def embedded(run: Run) -> dict[str, Any]:
     """The viewer's data: settings, kinds, problems with their chains; and how much was left out.
 
-    Problems whose verdict changes between the baseline and any other setting come first (the best setting's changes
-    before the others'), then every level in turn, so that the cap never hides a change it could show.
+    First come the problems whose verdict changes between the baseline and the best setting, then, up to half the room,
+    those that change under another setting, then problems from every level in turn.
     """
     names = [s["name"] for s in run.settings if run.cells.get(s["name"])]
     first = list(dict.fromkeys(problem for name in names for problem in run.cells[name]))
     best = [p for p in first if run.best and _change(run, run.best, p)]
-    others = [p for p in first if any(_change(run, name, p) for name in names)]
-    order = list(dict.fromkeys([*best, *others, *_in_turn(run, names, first)]))
+    others = [p for p in first if p not in set(best) and any(_change(run, name, p) for name in names)]
+    order = list(dict.fromkeys([*best, *others[: PROBLEMS // 2], *_in_turn(run, names, first)]))
     levels = {(row.task, row.level) for name in names for cell in run.cells[name].values() for row in cell.rows[:1]}
     problems: list[dict[str, Any]] = []
-    characters = 0
+    written = 0
     for problem in order[:PROBLEMS]:
-        made, size = _problem(run, names, problem, levels)
-        if problems and characters + size > CHARACTERS:
+        made = _problem(run, names, problem, levels)
+        written += len(as_json(made).encode())
+        if problems and written > BYTES:
             break
         problems.append(made)
-        characters += size
     shown = {p["id"] for p in problems}
     rank = {problem: i for i, problem in enumerate(first)}
     problems.sort(key=lambda p: rank[p["id"]])
@@ -48,8 +49,8 @@ def embedded(run: Run) -> dict[str, Any]:
         "after": names.index(run.best) if run.best in names else len(names) - 1,
         "problems": problems,
         "total": len(first),
-        "changes": len(others),
-        "changes_shown": len(shown.intersection(others)),
+        "changes": [len(shown.intersection(best)), len(best)],
+        "other_changes": [len(shown.intersection(others)), len(others)],
     }
 
 
@@ -79,19 +80,16 @@ def _in_turn(run: Run, names: list[str], problems: list[str]) -> Iterable[str]:
         yield from (group[i] for group in groups.values() if i < len(group))
 
 
-def _problem(run: Run, names: list[str], problem: str, levels: set[tuple[str, int]]) -> tuple[dict[str, Any], int]:
+def _problem(run: Run, names: list[str], problem: str, levels: set[tuple[str, int]]) -> dict[str, Any]:
     cells = [run.cells[name].get(problem) for name in names]
     row = next(cell for cell in cells if cell is not None).rows[0]
-    traces = [_trace(cell) if cell is not None else None for cell in cells]
-    made = {
+    return {
         "id": problem,
-        "task": row.task,
         "level_name": level_name(row.task, row.level, levels),
         "prompt": row.prompt[:LONGEST],
         "gold": row.gold,
-        "traces": traces,
+        "traces": [_trace(cell) if cell is not None else None for cell in cells],
     }
-    return made, len(row.prompt) + sum(len(t["thought"]) + len(t["response"]) + 150 for t in traces if t)
 
 
 def _trace(cell: Cell) -> dict[str, Any]:
@@ -121,3 +119,11 @@ def _trace(cell: Cell) -> dict[str, Any]:
         "finish": row.finish,
         "complete": row.closed and row.finish == "stop",
     }
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """JSON that cannot end its script element, whatever the chains contain."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
