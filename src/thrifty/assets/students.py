@@ -313,8 +313,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, help="millions of tokens (default: the recipe's)")
     parser.add_argument("--work", type=Path, default=Path("runs/students"), help="where checkpoints stand")
     parser.add_argument("--export", type=Path, help="write the finished student to this folder")
+    parser.add_argument("--card", action="store_true", help="measure the shipped students and write their cards")
+    parser.add_argument("--n", type=int, default=200, help="problems of roll on the card, twice those of other tasks")
+    parser.add_argument("--docs", type=Path, help="also write the figures of all students to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.card:
+        from thrifty.assets import card
+
+        card.write(args.docs, args.n)
+        return
     recipe = RECIPES[args.which]
     if args.tokens is not None:
         recipe = dataclasses.replace(recipe, tokens=int(args.tokens * 1e6))
