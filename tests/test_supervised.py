@@ -19,6 +19,7 @@ from thrifty.engines.meter import Meter
 from thrifty.tune import checkpoint
 from thrifty.tune.adapter import load_adapter, lora, save_adapter
 from thrifty.tune.batches import Example, collate
+from thrifty.tune.objective.nll import NLL
 from thrifty.tune.supervised import NoHook, Train, learning_rate, train
 
 SETTINGS = Train(steps=20, batch_size=12, tokens=96, row=40, lr=1e-2, save_every=5, clip=0.5)
@@ -200,6 +201,46 @@ def test_learning_rate_warms_up_and_falls():
     assert learning_rate(settings, 10, 10) == pytest.approx(0.1)
     assert learning_rate(Train(lr=1.0, warmup=0, schedule="constant"), 9, 10) == 1.0
     assert learning_rate(Train(lr=1.0, warmup=0, schedule="linear"), 5, 10) == pytest.approx(0.5)
+
+
+class Auxiliary(NLL):
+    """An objective with a part of its own: a head that predicts the prompt's length from the last hidden state."""
+
+    def __init__(self):
+        torch.manual_seed(5)
+        object.__setattr__(self, "head", torch.nn.Linear(64, 1))
+
+    def modules(self, model):
+        return {"head": self.head}
+
+    def loss(self, model, batch, step):
+        loss, _ = super().loss(model, batch, step)
+        guess = self.head(model(**batch.inputs).logits[batch.weights != 0])
+        extra = (guess - 3.0).square().sum() / batch.total
+        return loss + extra, {"extra": extra.item()}
+
+
+def test_an_objective_trains_and_resumes_its_own_parts(tmp_path):
+    objective, again = Auxiliary(), Auxiliary()
+    before = objective.head.weight.detach().clone()
+    settings = Train(steps=6, batch_size=10, lr=1e-2)
+    result = train(adapted(), documents(), settings, tmp_path, objective=objective)
+    assert not torch.allclose(objective.head.weight, before, atol=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert lines[-1]["extra"] < lines[0]["extra"]
+    assert train(adapted(), documents(), settings, tmp_path, objective=again).losses == result.losses
+    assert torch.equal(again.head.weight, objective.head.weight)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_bfloat16_models_train_in_their_own_type(tmp_path, attach):
+    model = tiny().to(torch.bfloat16)
+    model = lora(model, rank=4, seed=1) if attach else model
+    docs = documents() if attach else [Example(d.prompt_ids, d.target_ids) for d in documents()]
+    losses = train(model, docs, Train(steps=10, batch_size=20, lr=1e-2), tmp_path).losses
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    base = model.get_base_model() if attach else model
+    assert base.model.norm.weight.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------- going on

@@ -41,12 +41,12 @@ class Train:
     """Passes over the examples, where they are a list; part of a pass is fine."""
     batch_size: int = 64
     """Examples per step, over all processes. A source of your own sets its own."""
-    tokens: int = 4096
-    """Positions per forward pass: a larger step is split. Memory grows with it."""
+    tokens: int = 2048
+    """Positions per forward pass: a larger step is split. Memory grows with it; small ones suit a CPU's cache."""
     layout: Literal["auto", "packed", "bucketed"] = "auto"
     """How documents lie in rows; auto packs where the model keeps packed documents apart."""
-    row: int = 256
-    """About how many tokens a packed row takes. Attention costs its square."""
+    row: int = 128
+    """About how many tokens a packed row takes, or the longest document. Attention costs its square."""
     lr: float = 2e-4
     """Peak learning rate."""
     warmup: float = 0.05

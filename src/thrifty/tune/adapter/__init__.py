@@ -62,7 +62,8 @@ def save_adapter(model: Any, folder: Path, name: str = "valve") -> Path:
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-        model.save_pretrained(work, selected_adapters=[name])
+        # No embeddings: LoRA leaves them alone, and peft would ask the hub about the base model to find that out.
+        model.save_pretrained(work, selected_adapters=[name], save_embedding_layers=False)
         # peft puts every adapter but one called "default" in a folder of its own.
         inner = Path(work) / name if name != "default" else Path(work)
         whole = Path(work) / "whole"
