@@ -155,10 +155,12 @@ def example_run(folder: Path, n: int = 500, seed: int = 0, extra: Sequence[Outco
         f"recipe: cot-valve\nmodel: student-long-0\ntask: mixture\nn: {n}\nseed: {seed}\nrank: 8\n"
     )
     rng = np.random.default_rng(seed)
-    with (folder / "train.jsonl").open("w") as file:
-        for step in range(120):
-            loss = 0.35 + 1.4 * np.exp(-step / 25) + rng.normal(0, 0.03)
-            file.write(json.dumps({"step": step, "loss": float(loss), "learning_rate": 1e-3}) + "\n")
+    for stage, floor in (("tune-direct", 0.35), ("tune-mixed", 0.28)):
+        (folder / "stages" / stage).mkdir(parents=True, exist_ok=True)
+        with (folder / "stages" / stage / "train.jsonl").open("w") as file:
+            for step in range(1, 121):
+                loss = floor + 1.4 * np.exp(-step / 25) + rng.normal(0, 0.03)
+                file.write(json.dumps({"step": step, "loss": float(loss), "lr": 1e-3}) + "\n")
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from thrifty.contracts import Grade, Outcome, Problem, ThriftyError, Trace, Usage
 from thrifty.measure import stats, summarise
 from thrifty.measure.profile import first_right, profile
+from thrifty.tasks import load, tracing
 from thrifty.traces.segment import segment
 
 
@@ -199,7 +202,29 @@ def kinds(text: str) -> list[str]:
 def test_kinds_in_the_students_text() -> None:
     text = "a 7 + 3 = 0 . | 7 + 3 = 0 ; ok . b 0 * 4 = 2 . | 0 * 4 = 0 ; no 0 . c 0 + 5 = 5 . so 5 . ans 5 ."
     assert kinds(text) == ["work", "check", "check", "work", "check", "check", "work", "tail", "tail"]
+    assert kinds("? 7 - 7 = 0 no back 7 . b 7 + 8 = 5 . now 5 .") == ["branch", "work", "tail"]
+    unseen = (
+        "maybe 7 - 7 gives 0 wrong undo 7 , b 7 + 8 gives 5 , check 7 + 8 gives 5 good 5 , c 5 - 6 gives 9 , thus 9 ,"
+    )
+    assert kinds(unseen) == ["branch", "work", "check", "work", "tail"]
+    assert kinds("sort 3 , 1 , 2 . so 1 , 2 , 3 .") == ["work", "work"], "commas part a list between full stops"
     assert kinds("3 1 2 -> 1 3 2 . 1 3 2 -> 1 2 3 . so 1 2 3 .") == ["work", "work", "tail"]
+
+
+@pytest.mark.parametrize("wording", ["A", "B"])
+def test_blind_kinds_agree_with_what_the_tracers_meant(wording: str) -> None:
+    """Measured: 0.997 or more of the characters. Not search: its dead ends look like work till they die."""
+    agreed = total = 0
+    for name in ("roll", "list", "bool"):
+        task = load(name)
+        for problem in task.problems("train", 30, 0):
+            steps = task.trace(problem, tracing.style("long", wording), random.Random(problem.id))  # type: ignore[attr-defined,arg-type]
+            text = " ".join(step.text for step in steps)
+            meant = "".join(step.kind[0] * (len(step.text) + 1) for step in steps)[: len(text)]
+            found = "".join(step.kind[0] * (step.end - step.start) for step in segment(text))
+            agreed += sum(a == b for a, b in zip(meant, found, strict=True))
+            total += len(text)
+    assert agreed / total > 0.98
 
 
 def test_kinds_in_english() -> None:

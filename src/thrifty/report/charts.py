@@ -248,17 +248,25 @@ def overthinking(profiles: Mapping[str, Profile]) -> dict[str, Any]:
 
 
 def training(run: Run) -> dict[str, Any]:
-    """Loss by step, thinned to at most 400 points."""
-    if len(run.training) < 2:
+    """Loss by step, a line per stage, each thinned to at most 400 points."""
+    rows = [
+        {"stage": name, "step": row["step"], "loss": row["loss"]}
+        for name, log in run.training.items()
+        for row in log[:: max(1, len(log) // 400)]
+    ]
+    if not rows:
         return {}
-    rows = [{"step": r["step"], "loss": r["loss"]} for r in run.training[:: max(1, len(run.training) // 400)]]
+    stages = list(run.training)
+    colours = [("var(--accent)", "var(--check)", "var(--branch)", "var(--soft)")[i % 4] for i in range(len(stages))]
+    legend = alt.Legend(orient="bottom", title=None, columns=3) if len(stages) > 1 else None
     chart = (
         alt.Chart(alt.Data(values=rows))
-        .mark_line(strokeWidth=1.4, stroke="var(--accent)")
+        .mark_line(strokeWidth=1.4)
         .encode(
-            x=alt.X("step:Q", title="step"),
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=8)),
             y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)),
-            tooltip=["step:Q", alt.Tooltip("loss:Q", format=".4f")],
+            color=alt.Color("stage:N", scale=alt.Scale(domain=stages, range=colours), legend=legend),
+            tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
         )
     )
     return _spec(chart, height=200)
@@ -271,6 +279,7 @@ def _spec(chart: Any, height: int) -> dict[str, Any]:
         "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8,
     }  # fmt: skip
     spec = chart.properties(width="container", height=height).configure(font=FONT, background="transparent")
+    spec = spec.configure_legend(labelColor="var(--soft)", labelFontSize=12)
     spec = spec.configure_view(stroke=None).configure_axis(**axis).configure_axisX(grid=False)
     made = dict(spec.to_dict(validate=False))  # validation costs a second; a test draws every chart
     made.pop("$schema", None)  # an address, though nobody fetches it

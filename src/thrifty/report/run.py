@@ -52,7 +52,8 @@ class Run:
     cells: dict[str, dict[str, Cell]]
     """Setting -> problem id -> cell; settings in the order of the result."""
     config: str
-    training: list[dict[str, float]]
+    training: dict[str, list[dict[str, float]]]
+    """Stage -> logged steps."""
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ class Run:
 
 
 def load(folder: str | Path) -> Run:
-    """Read a run folder: result.json, traces.parquet, config.yaml, and train.jsonl where there is one.
+    """Read a run folder: result.json, traces.parquet, config.yaml, and train.jsonl of the run or of its stages.
 
     Raises ThriftyError that names the file and what is wrong with it.
     """
@@ -169,7 +170,7 @@ def load(folder: str | Path) -> Run:
         result,
         {name: {problem: Cell(rows) for problem, rows in found.items()} for name, found in cells.items()},
         config.read_text(encoding="utf-8") if config.is_file() else "",
-        _training(folder / "train.jsonl"),
+        _training(folder),
     )
 
 
@@ -221,9 +222,15 @@ def _result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _training(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
-        return []
+def _training(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """The training logs: a run's own, and one per stage."""
+    paths = {"training": folder / "train.jsonl"}
+    paths |= {path.parent.name: path for path in sorted(folder.glob("stages/*/train.jsonl"))}
+    logs = {name: _log(path) for name, path in paths.items() if path.is_file()}
+    return {name: rows for name, rows in logs.items() if len(rows) > 1}
+
+
+def _log(path: Path) -> list[dict[str, float]]:
     rows = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -1,9 +1,10 @@
 """Cut a chain of thought into steps and say what each is for, from its surface alone.
 
 Nothing here knows who wrote a chain or what its markers mean (rule 1 of the evidence rules): a step ends at a line
-break, at the end of a sentence, or at a free-standing `` . `` or `` ; ``; a free-standing ``|`` opens one. Kinds come
-from the cue words that the literature on reasoning chains lists ("Wait", "Alternatively", "let me verify"; e.g. arXiv
-2501.18585, 2412.21187). They are good enough to colour a page and to count by, not ground truth.
+break, at the end of a sentence, or at a free-standing mark (`` . ``, `` ; ``, `` , ``); a free-standing
+``|`` opens one. Kinds come from the cue words that the literature on reasoning chains lists ("Wait", "Alternatively",
+"let me verify"; e.g. arXiv 2501.18585, 2412.21187). They are good enough to colour a page and to count by, not ground
+truth: a search's dead ends, say, look like work until they die.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ KINDS: tuple[Kind, ...] = ("work", "check", "branch", "tail")
 
 _CUT = re.compile(
     r"""\s*\n\s*                              # line breaks
-      | (?<=\s)[.;](?:\s+|$)                  # a free-standing full stop or semicolon
+      | (?<=\s)[.;,](?:\s+|$)                 # a free-standing full stop, semicolon or comma
       | (?<=[^\s.])[.!?]["')\]*]*\s+(?=[^\sa-z])  # the end of a sentence
       | (?<=\s)(?=\|(?:\s|$))                 # before a free-standing bar
     """,
     re.VERBOSE,
 )
-_SPACED = re.compile(r"\s[.;](?:\s|$)")
+_STOP = re.compile(r"\s[.;](?:\s|$)")
+_COMMA = re.compile(r"\s,(?:\s|$)")
 _CHECK = re.compile(
     r"""^\W*(?:wait|hmm+|hold\ on|check|verify|verif|recheck|re-check|double-check|actually|sanity
             |(?:let\ me|let's|to|i(?:'ll|\ should)?)\ (?:re-?)?(?:check|verify|confirm|make\ sure))\b
@@ -64,19 +66,19 @@ def segment(thought: str) -> list[Step]:
     [('a 7 + 3 = 0 .', 'work'), ('| 7 + 3 = 0 ;', 'check'), ('ok .', 'check'), ('so 0 .', 'tail')]
     """
     pieces = [(start, end, thought[start:end]) for start, end in cuts(thought)]
-    spaced, lines = _SPACED.search(thought) is not None, "\n" in thought.strip()
+    marks, lines = _marks(thought), "\n" in thought.strip()
     kinds: list[Kind] = []
     carried: Kind | None = None
     line_start = True
     opened_line = False
     for _, _, piece in pieces:
-        own = _cue(piece, spaced)
+        own = _cue(piece, marks != "")
         if own is not None:
             carried, opened_line = own, lines and line_start
         kinds.append(own or carried or "work")
         # A check lasts to the end of its sentence; where it opened a line, to the end of that line.
         line_start = "\n" in piece[len(piece.rstrip()) :]
-        if line_start or (not opened_line and piece.rstrip().endswith((".", "!", "?"))):
+        if line_start or (not opened_line and piece.rstrip().endswith((".", "!", "?", " ,"))):
             carried, opened_line = None, False
     _mark_tail([piece for _, _, piece in pieces], kinds)
     return [Step(start, end, kind) for (start, end, _), kind in zip(pieces, kinds, strict=True)]
@@ -85,10 +87,11 @@ def segment(thought: str) -> list[Step]:
 def cuts(thought: str) -> list[tuple[int, int]]:
     """Character ranges of the steps, in order, without gaps; a bare ``1.`` stays with its sentence."""
     ranges: list[tuple[int, int]] = []
-    start, spaced = 0, _SPACED.search(thought) is not None
+    start, marks = 0, _marks(thought)
     for match in _CUT.finditer(thought):
-        if not match.group() and not spaced:
-            continue  # elsewhere a bar is divisibility or an absolute value
+        # Elsewhere a bar is divisibility or an absolute value, and between free-standing stops a comma parts a list.
+        if (not match.group() and not marks) or (match.group().startswith(",") and marks != ","):
+            continue
         end = match.end()
         piece = thought[start:end].strip()
         if end == start or not piece or re.fullmatch(r"\(?\d+[.)]", piece):
@@ -112,10 +115,15 @@ def numbers(text: str) -> list[str]:
     return [m.replace(",", "").replace("−", "-") for m in _NUMBER.findall(text)]
 
 
+def _marks(thought: str) -> str:
+    """The free-standing marks that end a text's sentences: stops, else commas, else none (ordinary prose)."""
+    return ".;" if _STOP.search(thought) else "," if _COMMA.search(thought) else ""
+
+
 def _cue(piece: str, spaced: bool) -> Kind | None:
     if (spaced and piece.lstrip().startswith("|")) or _CHECK.search(piece):
         return "check"
-    return "branch" if _BRANCH.search(piece) else None
+    return "branch" if _BRANCH.search(piece) or (spaced and piece.lstrip().startswith("?")) else None
 
 
 def _content(piece: str, numeric: bool) -> list[str]:
