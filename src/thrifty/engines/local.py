@@ -9,10 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from thrifty.contracts import END_OF_THOUGHT, Finish, Prompt, Sample, Score, Scores, Span, ThriftyError, Trace, Usage
+from thrifty.contracts import (
+    END_OF_THOUGHT,
+    Finish,
+    Hidden,
+    Prompt,
+    Sample,
+    Score,
+    Scores,
+    Span,
+    ThriftyError,
+    Trace,
+    Usage,
+)
 from thrifty.engines import sampling
 from thrifty.engines.batch import Batch, Ended, Row
-from thrifty.engines.decoding import decode_rows
+from thrifty.engines.capabilities import CAPABILITIES
+from thrifty.engines.decoding import Decoders
 from thrifty.engines.meter import Meter
 from thrifty.engines.reader import ScoreRow
 from thrifty.models.load import Loaded
@@ -27,9 +40,7 @@ class LocalEngine:
     """
 
     name = "local"
-    capabilities = frozenset(
-        {"prefix", "logprobs", "entropies", "adapters", "controls", "patches", "decoder", "cancel", "score", "seed"}
-    )
+    capabilities = CAPABILITIES["local"]
 
     def __init__(
         self,
@@ -50,13 +61,13 @@ class LocalEngine:
         self.batches = {role: Batch(one, role, self.meter, batch_size, prefix_bytes) for role, one in roles.items()}
         self._first = next(iter(self.batches))
         self._rows: dict[int, Row] = {}
-        self._decoding: dict[int, list[Row]] = {}
+        self._decoders = Decoders(self.batches)
         self._ended: list[Ended] = []
         self._wrappers: dict[str, Any] = {}
 
     # What the runner calls -------------------------------------------------------------------------------
 
-    def submit(self, ticket: int, request: Sample | Score, key: tuple[Hashable, ...]) -> None:
+    def submit(self, ticket: int, request: Sample | Score | Hidden, key: tuple[Hashable, ...]) -> None:
         """Queue one row; ThriftyError where it cannot run (unknown role or adapter, context too long)."""
         batch = self._batch(request.role)
         missing = [name for name in request.adapters if name not in batch.reader.dial.names]
@@ -69,11 +80,20 @@ class LocalEngine:
         prompt = chat.prompt_ids(request.prompt)
         # Rows share keys and values only where the same weights made them.
         strengths = tuple(sorted((name, float(s)) for name, s in request.adapters.items() if s))
-        patches = tuple((id(patch), float(s)) for patch, s in getattr(request, "patches", ()))
+        patches = tuple((id(patch), float(s)) for patch, s in getattr(request, "patches", ()) if s)
         space = (strengths, patches)
         if isinstance(request, Score):
             texts = [np.array(self._ids(batch, text), np.int32) for text in request.continuations]
             context = self._context(batch, key, prompt, request.prefix, (), max(map(len, texts), default=0))
+            batch.scores.append(ScoreRow(ticket, request, context, texts, space))
+            return
+        if isinstance(request, Hidden):
+            layers = batch.loaded.model.config.get_text_config(decoder=True).num_hidden_layers
+            if not 0 <= request.layer < layers:
+                raise ThriftyError(f"{batch.loaded.name} has layers 0 to {layers - 1}, no layer {request.layer}")
+            # Scoring reads a text up to its last token; one more behind it, never read, has that one read too.
+            texts = [np.array([*self._ids(batch, text), 0], np.int32) for text in request.texts]
+            context = self._context(batch, key, prompt, request.prefix, (), max(map(len, texts), default=1) - 1)
             batch.scores.append(ScoreRow(ticket, request, context, texts, space))
             return
         if request.n != 1 or request.first is not None:
@@ -104,16 +124,18 @@ class LocalEngine:
         self._rows[ticket] = row
         if request.decoder is None:
             batch.queue.append(row)
-        else:
-            self._decoding.setdefault(id(request.decoder), []).append(row)
+            return
+        if request.controls or request.want:
+            raise ThriftyError(
+                "a decoder of one's own takes no controls and hands back no log-probabilities: drop them"
+            )
+        self._decoders.add(row)
 
     def poll(self) -> list[tuple[int, Trace | Scores]]:
         """Decode until at least one row has ended; all that have, empty when nothing is queued."""
         with torch.inference_mode():
             done = [reply for batch in self.batches.values() for reply in self._scored(batch)]
-            for rows in self._decoding.values():
-                self._ended += decode_rows(rows, {role: batch.reader for role, batch in self.batches.items()})
-            self._decoding.clear()
+            self._ended += self._decoders.advance()
             while True:
                 for batch in self.batches.values():
                     self._ended += batch.ended
@@ -130,7 +152,8 @@ class LocalEngine:
         """End the row as "cancelled" once it has ``tokens`` new tokens, injected ones included."""
         row = self._rows.get(ticket)
         if row is not None:
-            self._batch(row.request.role).cap(row, max(0, tokens - row.injected))
+            with torch.inference_mode():
+                self._batch(row.request.role).cap(row, max(0, tokens - row.injected))
 
     def thinking(self, prompt: Prompt) -> tuple[str, str]:
         """The opening and closing tag of a chain; ("", "") for a model whose tokenizer and template name none."""
@@ -239,6 +262,7 @@ class LocalEngine:
             discarded=len(sampled) if ended.finish == "cancelled" else 0,
             calls=int(ran),
             seconds=row.seconds,
+            latent=row.latent,
         )
         self._count(request.role, usage)
         unknown = np.full(row.injected, np.nan, np.float32)
@@ -247,7 +271,7 @@ class LocalEngine:
             spans=_spans(start, cut, forced),
             logprobs=np.concatenate([unknown, ended.logprobs]) if "logprobs" in request.want else None,
             entropies=np.concatenate([unknown, ended.entropies]) if "entropies" in request.want else None,
-            usage=usage,
+            usage=usage, prompt_ids=row.context[: row.prompt],
         )  # fmt: skip
 
     def _count(self, role: str, usage: Usage) -> None:
