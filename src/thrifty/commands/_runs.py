@@ -34,7 +34,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> bool:
     Raises ThriftyError where the folder holds something else, or a run with another configuration.
     """
     path = folder / "config.yaml"
-    if path.exists():
+    if path.exists() and (folder / "stages").exists():
         try:
             before = yaml.safe_load(path.read_text("utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -50,7 +50,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> bool:
                 "Choose another --name, or remove the folder"
             )
         return (folder / "report.html").exists()
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(entry.name != "config.yaml" for entry in folder.iterdir()):
         raise ThriftyError(f"{folder} exists and is no run of thrifty: choose another --name or --runs")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.yaml.tmp"
