@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -70,15 +71,17 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for path in write(Path(folder), args.rows):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, str(path), str(args.n)], capture_output=True, text=True, check=True
             )
-            seconds = time.perf_counter() - start
+            seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             added, total = map(float, done.stdout.split())
             size = path.stat().st_size / 2**20
             print(
-                f"{path.suffix[1:]:8} {args.rows:,} rows, {size:.0f} MB: {args.n} problems after {seconds:.1f} s, "
+                f"{path.suffix[1:]:8} {args.rows:,} rows, {size:.0f} MB: {args.n} problems after {seconds:.1f} s "
+                f"({cpu:.1f} s of a core), "
                 f"{added:.0f} MB added, peak {total:.0f} MB"
             )
 

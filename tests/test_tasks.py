@@ -51,7 +51,7 @@ def test_no_question_is_in_two_splits_whatever_the_seeds(many: tasks.Task, draws
 
 
 @given(st.integers(0, 2**31), st.integers(0, 2**31))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_reasoning_gym_splits_are_disjoint_where_the_generator_repeats_itself(a: int, b: int) -> None:
     # Sums of two one-digit numbers: a few hundred questions in all, so seeds must collide.
     task = tasks.load("rg:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1")
@@ -288,10 +288,22 @@ def test_neighbouring_seeds_share_no_reasoning_gym_problems() -> None:
         (r"\boxed{90^\circ}", True, "90"),
         ("Answer: (C)", False, "c"),
         ("the answer is 3.0.", None, "3"),
+        ("about 2.5e-3 of it", True, "0.0025"),
+        ("so 3 + 4 = 7", None, "7"),
+        ("3 + 4 = 7", None, "7"),
+        ("(1, -2)", None, "(1, -2)"),
+        ("Sum:\n- 42", None, "42"),
+        (r"\boxed{11,\! 111}", None, "11111"),
     ],
 )
 def test_the_final_answer_is_found(response: str, numeric: bool | None, wanted: str | None) -> None:
     assert answers.parse(response, numeric) == wanted
+
+
+def test_an_answer_of_several_lines_is_taken_whole() -> None:
+    grid = "1 2\n3 4"
+    for response in (grid, f"Let me see.\nThe answer is:\n{grid}\n", f"<answer>\n{grid}\n</answer>"):
+        assert answers.extract(response, numeric=False, block=True) == grid
 
 
 @given(st.text(max_size=300), st.sampled_from([True, False, None]))

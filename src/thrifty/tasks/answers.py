@@ -16,18 +16,22 @@ from fractions import Fraction
 from thrifty.contracts import Grade
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++"
-_IN_TEXT = re.compile(rf"(?<![0-9A-Za-z_)\]}}.])[-−+]?\\?[$€£]?(?:{_NUMBER})(?:/[1-9][0-9]*+)?|(?:{_NUMBER})")
+_IN_TEXT = re.compile(
+    rf"(?<![0-9A-Za-z_)\]}}.])[-−+]?\\?[$€£]?(?:{_NUMBER})(?:/[1-9][0-9]*+|[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?|(?:{_NUMBER})"
+)
 _WHOLE = re.compile(rf"([-+]?)(?:{_NUMBER})(?:[eE][-+]?[0-9]{{1,3}})?")
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac(?:\{(-?[0-9]+)\}|([0-9]))\s*(?:\{(-?[0-9]+)\}|([0-9]))")
 _TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SAYS = re.compile(r"\banswer\b[*_`\"']*+[^\S\n]*+(?:(?:is|are|was)\b:?+|[:=])[*_`]*+\s*+([^\n]*+)", re.IGNORECASE)
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _SENTENCE_END = re.compile(r"(?<=[^\s.])\.(?=\s|$)")
-_SPACING = re.compile(r"\\[!,;: ]|\\q?quad\b|~")
+_SPACING = re.compile(r"\\!\s*|\\[,;: ]|\\q?quad\b|~")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|operatorname)\{([^{}]*)\}")
 _MATHS = re.compile(
     r".*[\\^]|(?=.*[0-9a-zA-Z])(?=.*[-+*/=<>(\[,])(?!.*[A-Za-z]{2})[-+*/=<>()\[\],.!|\s0-9a-zA-Z]+$", re.DOTALL
 )
+_FORMULA = re.compile(r"(?:\\(?!f?box)[A-Za-z]++|(?<![A-Za-z])[A-Za-z]|[^A-Za-z\\])++")
+"""A line without words but LaTeX commands."""
 
 GSM8K, BOXED, PLAIN = "gsm8k", "boxed", "plain"
 
@@ -154,29 +158,31 @@ def boxed(text: str) -> str | None:
     return bare[-1] if bare else None
 
 
-def extract(response: str, numeric: bool | None = None, block: bool = False) -> str | None:
+def extract(response: str, numeric: bool | None = None, block: bool = False, cut: bool = True) -> str | None:
     r"""The final answer in a response as it was written, None when there is none.
 
     ``numeric``: True where the task's answers are numbers (the answer is then cut down to one), False where they are
-    text, None where that is not known. ``block``: answers have several lines, so an unmarked response is one whole.
+    text, None where that is not known. ``block``: answers have several lines, so it is all that stands behind the mark.
+    ``cut``: the text behind "answer is" ends with its sentence, not with its line.
 
     >>> extract("We add 3 and 4. The answer is 7 apples.", numeric=True), extract("2 + 2 = 4\nso yes", numeric=False)
     ('7', 'so yes')
     """
-    marked = _marked(response)
+    marked = _marked(response, block, cut)
     if marked is not None:
         if numeric:
             return _cut_to_number(marked) or (_last_number(response) if marked else None)
         return marked or None
     if block:
         return response.strip() or None
-    if numeric is not False and (found := _last_number(response)):
-        return found
     lines = [line.strip() for line in response.splitlines() if line.strip()]
-    return (_unwrap(lines[-1]) or None) if lines else None
+    last = _unwrap(lines[-1]) if lines else ""
+    if numeric is None and _FORMULA.fullmatch(last) and is_maths(last) and len(_IN_TEXT.findall(last)) != 1:
+        return last.rsplit("=", 1)[-1].strip() or None
+    return (None if numeric is False else _last_number(response)) or last or None
 
 
-def _marked(response: str) -> str | None:
+def _marked(response: str, block: bool, cut: bool) -> str | None:
     """The answer behind a mark; "" where the last marks have nothing behind them, None without any mark."""
     if tags := _TAGS.findall(response):
         return tags[-1].strip()
@@ -185,7 +191,13 @@ def _marked(response: str) -> str | None:
         return inside
     if "####" in response:
         return _unwrap(response.rsplit("####", 1)[1].strip().split("\n", 1)[0])
-    said = [found for found in (_clause(text) for text in _SAYS.findall(response)) if found is not None]
+    if block and (ends := [match.start(1) for match in _SAYS.finditer(response)]):
+        return response[ends[-1] :].strip("\n").rstrip()
+    said = [
+        found
+        for found in (_clause(text) if cut else text.strip() for text in _SAYS.findall(response))
+        if found is not None
+    ]
     return next((text for text in reversed(said) if text), "") if said else None
 
 

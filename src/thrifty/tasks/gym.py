@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from thrifty.tasks.spec import as_dataset, check_split, content_key, did_you_mea
 if TYPE_CHECKING:
     import datasets
 
-SIZE = 2**20
-"""Items a generator may be asked for; generation is by index, so nothing is made in advance."""
+SIZE = 2000
+"""Items of one reasoning-gym data set, then another seed: a few (acre) make all their items in advance."""
 PATIENCE = 500
 """A source is taken for exhausted after this many items in a row (plus five per problem asked) without a new one."""
 
@@ -83,53 +84,54 @@ class GymTask:
         self.name = name
         self.dataset = dataset
         self.config = dict(config or {})
-        golds = [str(entry["answer"]) for entry in self._first(30)]
+        golds = [str(entry["answer"]) for entry in self._first(12)]
         numbers = [answers.number(gold) is not None for gold in golds]
-        self.numeric = True if all(numbers) else None if any(numbers) else False
+        self.numeric = all(numbers)
         self.block = any("\n" in gold.strip() for gold in golds)
 
     def _first(self, n: int) -> list[dict[str, Any]]:
         source = make(self.dataset, self.config, seed=0)
         return [source[i] for i in range(n)]
 
-    def _seed(self, split: Split, seed: int) -> int:
-        data = f"{self.dataset}\n{split}\n{seed}".encode()
-        # 30 bits: some generators hand the seed to libraries that take 32, and the item's index is added to it.
-        return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") >> 2
+    def _items(self, split: Split, seed: int) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+        """(how to make it, the entry) without end; None where the generator gave up on one index."""
+        for part in itertools.count():
+            data = f"{self.dataset}\n{split}\n{seed}\n{part}".encode()
+            # 30 bits: some generators hand the seed to libraries that take 32, and the item's index is added to it.
+            derived = int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") >> 2
+            source = make(self.dataset, self.config, derived)
+            for index in range(SIZE):
+                try:
+                    entry = source[index]
+                except Exception:
+                    entry = None  # "could not generate a valid puzzle", after its own retries
+                yield {"dataset": self.dataset, "config": self.config, "seed": derived, "index": index}, entry
 
     def problems(self, split: Split, n: int, seed: int = 0, levels: Sequence[int] | None = None) -> list[Problem]:
         """``n`` different problems of the split; fewer only where the generator repeats itself."""
         code = check_split(split)
         if levels is not None and 0 not in levels:
             return []
-        derived = self._seed(split, seed)
-        source = make(self.dataset, self.config, derived)
         found: dict[int, Problem] = {}
         idle = 0
-        for index in range(SIZE):
+        for source, entry in self._items(split, seed):
             if len(found) >= n or idle > PATIENCE + 5 * n:
                 break
             idle += 1
-            try:
-                entry = source[index]
-            except (IndexError, KeyError, StopIteration):
-                break
-            except Exception:
-                # A few generators give up on single indices ("could not generate a puzzle").
+            if entry is None:
                 continue
             question = str(entry["question"])
             key = content_key(question)
             if key in found or int(split_codes(np.array([key], dtype=np.uint64))[0]) != code:
                 continue
             idle = 0
-            meta = {"dataset": self.dataset, "config": self.config, "seed": derived, "index": index}
             gold = entry["answer"]
             found[key] = Problem(
                 id=f"{self.name}/{key:016x}",
                 prompt=question,
                 answer=None if gold is None else str(gold),
                 task=self.name,
-                meta={"source": meta},
+                meta={"source": source},
             )
         if not found and n > 0:
             raise ThriftyError(f"{self.name} made no problem for split {split!r}: loosen its settings.")
@@ -150,7 +152,14 @@ class GymTask:
             raise ThriftyError(f"problem {problem.id} was not made by {self.name}: it has no meta['source']")
         if problem.answer and parsed == problem.answer.strip():
             return Grade(1.0, parsed)
-        reply = worker.ask({"kind": "rg", **source, "answer": parsed})
+        # A trailing point may be the sentence's or the answer's own: the better reading counts.
+        uncut = answers.extract(response, self.numeric, self.block, cut=False)
+        replies = []
+        for reading in dict.fromkeys(text for text in (parsed, uncut) if text):
+            replies.append(worker.ask({"kind": "rg", **source, "answer": reading}))
+            if replies[-1].get("score") == 1.0:
+                break
+        reply = max(replies, key=lambda reply: reply.get("score", -1.0))
         if "error" in reply:
             return Grade(0.0, parsed, reply["error"])
         score = min(max(reply["score"], 0.0), 1.0)
