@@ -142,10 +142,21 @@ def example_run(folder: Path, n: int = 500, seed: int = 0, extra: Sequence[Outco
         "line": {"long": "long", "short": "short"},
         "verdicts": [
             {
+                "setting": "valve 0.75",
+                "saving": 0.61,
+                "difference": -0.006,
+                "difference_low": -0.022,
+                "margin": 0.03,
+                "non_inferior": True,
+                "above_line": 0.264,
+                "above_line_low": 0.231,
+                "above_line_high": 0.296,
+            },
+            {
                 "claim": "thinking tokens fall monotonically with α",
                 "verdict": "shown",
                 "detail": "six of six steps down",
-            }
+            },
         ],
         "notes": ["Synthetic outcomes: only the shape is real."],
     }

@@ -168,11 +168,28 @@ def test_a_report_without_gold_answers(tmp_path: Path) -> None:
     assert "Agreement against thinking tokens" in text
 
 
+def test_a_report_of_a_model_that_does_not_think_and_is_never_right(tmp_path: Path) -> None:
+    usage = Usage(prompt=9, answer=4, calls=1)
+    trace = Trace(np.arange(4, dtype=np.int32), "", "dunno", True, "stop", usage=usage)
+    done = [Outcome(p, trace, Grade(0.0, None), [trace], usage) for p in problems(8)]
+    settings = [summarise(done, name, alpha) for name, alpha in (("base", None), ("dial", 1.0))]
+    (tmp_path / "result.json").write_text(json.dumps({"task": "t", "settings": settings}))
+    write(tmp_path / "traces.parquet", (row for name in ("base", "dial") for row in rows_from(done, name)))
+    assert "No setting spends fewer thinking tokens than base" in write_report(tmp_path).read_text()
+
+
+def test_verdicts_of_every_shape_are_told(folder: Path, tmp_path: Path, page_text: str) -> None:
+    assert "valve 0.75: −61 % thinking tokens at an accuracy at most 3 points lower" in page_text
+    assert "difference −0.6 points, at least −2.2 points; +26.4 points from the straight line" in page_text
+    told = write_report(copy_run(folder, tmp_path / "run", verdicts=["the ++ variant was not better"])).read_text()
+    assert "the ++ variant was not better" in told
+
+
 def test_a_report_of_one_setting_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     only = json.loads((folder / "result.json").read_text())["settings"][:1]
     bare = copy_run(folder, tmp_path / "one", settings=only, baseline=None, line=None, verdicts=None, notes=None)
     text = write_report(bare).read_text()
-    assert "No setting spends fewer thinking tokens than long" in text
+    assert f"long (α = 0) is right on {only[0]['accuracy'] * 100:.1f} % of the problems with" in text
     assert "has no config.yaml" in text
 
 
@@ -221,7 +238,7 @@ def test_without_altair_the_table_works_and_the_report_names_the_remedy(folder: 
 
 def test_the_terminal_table(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
-    console = Console(width=140, file=open(folder / "table.txt", "w", encoding="utf-8"))  # noqa: SIM115
+    console = Console(width=80, file=open(folder / "table.txt", "w", encoding="utf-8"))  # noqa: SIM115
     console.print(table(result))
     console.file.close()
     lines = (folder / "table.txt").read_text(encoding="utf-8").splitlines()
@@ -230,7 +247,8 @@ def test_the_terminal_table(folder: Path) -> None:
     for figure in (f"{setting['accuracy'] * 100:.1f} %", f"{setting['thought_tokens']:,.1f}"):
         assert figure in row
     assert re.search(r"−\d\d %", row), "tokens against the baseline"
-    assert not any("−" in line for line in lines if "│ long " in line)
+    assert not any("−" in line for line in lines if line.strip().startswith("long "))
+    assert max(map(len, lines)) <= 80
 
 
 # --------------------------------------------------------------------------------------------- the browser

@@ -42,7 +42,7 @@ def frontier(run: Run) -> dict[str, Any]:
         )
     bottom, top = min(r["low"] for r in rows), max(r["high"] for r in rows)
     pad = 0.12 * max(top - bottom, 0.02)
-    right = max(r["tokens_high"] for r in rows) * 1.08
+    right = max(1.0, *(r["tokens_high"] for r in rows)) * 1.08
     x = alt.X(
         "tokens:Q",
         title="mean thinking tokens per problem",

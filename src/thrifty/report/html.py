@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ def write_report(folder: str | Path) -> Path:
 
     ``result.json`` may name, beyond what ``thrifty run --json`` prints: "baseline" (a setting), "best" (the setting to
     compare it with; else the cheapest non-inferior one), "line" {"long", "short"}, "margin" (0.03), "notes" [str] and
-    "verdicts" [str or {"claim", "verdict", "detail"}].
+    "verdicts" [str, {"claim", "verdict", "detail"}, or what ``thrifty.lab.verdict`` returns].
 
     Raises ThriftyError where a file is broken or the report extra is not installed.
     """
@@ -63,6 +64,7 @@ def write_report(folder: str | Path) -> Path:
         shown=shown,
         kinds=KINDS,
         settings=_settings(run),
+        verdicts=[_verdict(v) for v in run.result.get("verdicts") or []],
         variables=theme.variables(run),
         version=__version__,
         style=Markup(_resource("report.css")),
@@ -173,6 +175,24 @@ def _tiles(run: Run) -> list[dict[str, str]]:
             }
         )
     return tiles
+
+
+def _verdict(verdict: str | Mapping[str, Any]) -> dict[str, str]:
+    """A verdict in words: {"verdict", "claim", "detail"}."""
+    if isinstance(verdict, str):
+        return {"verdict": "", "claim": verdict, "detail": ""}
+    if "non_inferior" not in verdict:
+        return {key: str(verdict.get(key, "")) for key in ("verdict", "claim", "detail")}
+    detail = f"difference {points(verdict['difference'])}, at least {points(verdict['difference_low'])}"
+    if "above_line" in verdict:
+        low, high = (points(verdict[f"above_line_{end}"]) for end in ("low", "high"))
+        detail += f"; {points(verdict['above_line'])} from the straight line ({low} to {high})"
+    return {
+        "verdict": "holds" if verdict["non_inferior"] else "not shown",
+        "claim": f"{verdict['setting']}: {table.change(1 - verdict['saving'], 1)} thinking tokens at an accuracy "
+        f"at most {verdict['margin'] * 100:g} points lower",
+        "detail": detail,
+    }
 
 
 def points(share: float) -> str:

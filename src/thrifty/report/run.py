@@ -131,6 +131,11 @@ class Run:
     def headline(self) -> str:
         """The run in one sentence of plain words."""
         base = self.setting(self.baseline)
+        if len(self.settings) == 1:
+            thinking = f"with {base['thought_tokens'] or 0:,.0f} thinking tokens a problem"
+            if base["accuracy"] is None:
+                return f"{label(base)} answers {thinking}; nothing here says whether it is right."
+            return f"{label(base)} is right on {percent(base['accuracy'])} of the problems {thinking}."
         if self.best is None:
             return f"No setting spends fewer thinking tokens than {label(base)}."
         best = self.setting(self.best)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -17,12 +18,10 @@ def table(result: Mapping[str, Any]) -> Table:
     settings = result["settings"]
     base = next((s for s in settings if s["name"] == result.get("baseline")), settings[0])
     measure = "accuracy" if any(s["accuracy"] is not None for s in settings) else "agreement"
-    made = Table(
-        title=f"{result.get('recipe', '')} · {result.get('task', '')} · {result.get('n', '?')} problems", expand=False
-    )
+    title = f"{result.get('recipe', '')} · {result.get('task', '')} · {result.get('n', '?')} problems"
+    made = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     made.add_column("setting", no_wrap=True)
-    made.add_column(measure, justify="right")
-    made.add_column("95 %", justify="right", style="dim")
+    made.add_column(f"{measure} (95 %)", justify="right", no_wrap=True)
     made.add_column("thinking tokens", justify="right")
     made.add_column(f"vs {base['name']}", justify="right")
     made.add_column("complete", justify="right")
@@ -35,8 +34,7 @@ def table(result: Mapping[str, Any]) -> Table:
         low, high = s.get(f"{measure}_low"), s.get(f"{measure}_high")
         cells: list[Text | str] = [
             Text(str(s["name"]), style="bold" if s is base else ""),
-            share(s.get(measure)),
-            "" if low is None else f"{low * 100:.1f}–{high * 100:.1f}",
+            share(s.get(measure)) + ("" if low is None or high is None else f" ({low * 100:.1f}–{high * 100:.1f})"),
             number(s["thought_tokens"]),
             change(s["thought_tokens"], base["thought_tokens"]) if s is not base else "",
             share(s.get("completion_rate")),
