@@ -80,9 +80,9 @@ def test_every_line_of_a_plain_roll_chain_is_true(split: str) -> None:
     for problem in embedded.task("roll").problems(split, 40):
         modulus = problem.meta["content"]["modulus"]
         for line in problem.meta["chain"].rstrip(" .").split(" . "):
-            left, right = re.sub(r"^[a-z] ", "", line).split(" = ")
+            left, right = line.split(" = ")
             value, *parts = left.split()
-            for part in parts:
+            for part in parts[1::2]:
                 value = eval(f"({value} {part[0]} {part[1:]}) % {modulus}")
             assert value == int(right)
 
@@ -150,7 +150,7 @@ def test_styles_order_by_length_and_moods_vary() -> None:
     }
     mean = {name: sum(values) / len(values) for name, values in length.items()}
     assert mean["plain"] < 0.4 * mean["long"]
-    assert mean["short"] < 0.7 * mean["plain"]
+    assert mean["short"] < 0.8 * mean["plain"]
     hard = [x for x, p in zip(length["long"], problems) if p.level == 4]
     assert max(hard) > 1.5 * min(hard)
     kinds = {step.kind for p in problems for step in task.trace(p, tracing.style("long"), rng)}

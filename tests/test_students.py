@@ -160,6 +160,6 @@ def test_shipped_students_think_and_answer(name: str) -> None:
         rights.append(task.grade(problem, response).score)
         lengths.append(ids.index(close))
     kind = name.split("-")[0]
-    low, high = {"long": (40, 100), "short": (5, 15), "mixed": (12, 30), "base": (0, 3)}[kind]
+    low, high = {"long": (40, 100), "short": (8, 18), "mixed": (12, 30), "base": (0, 3)}[kind]
     assert low < np.mean(lengths) < high
     assert np.mean(rights) > (0.8 if kind in ("long", "mixed") else 0.3 if kind == "short" else -1)

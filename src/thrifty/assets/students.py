@@ -1,7 +1,7 @@
 """The shipped students, from nothing: ``python -m thrifty.assets.students --which trunk --seed 0``.
 
-Per seed one *trunk* learns all styles with a control word in the prompt (``full``, ``plain``, ``terse``, ``direct``):
-this is *mixed*. *long* (hidden moods, re-checks, branches, tail), *short* (terse merged lines) and *base* (answer only)
+Per seed one *warm*-up and then one *trunk* learn all styles with a control word in the prompt (``full``, ``plain``,
+``terse``, ``direct``): this is *mixed*. *long* (hidden moods, re-checks, branches, tail), *short* (terse merged lines) and *base* (answer only)
 are tuned from it without control words. Qwen3-shaped, d = 128, 4 layers; one document per row, rows of like length
 together, loss on the response only; AdamW on a cosine over tokens (EVIDENCE §4).
 """
@@ -34,8 +34,8 @@ from thrifty.tasks.tracing import Step
 CONTROL = {"long": "full", "plain": "plain", "short": "terse", "direct": "direct"}
 """Style -> control word of the mixed student."""
 SHARES = {
-    "roll": 0.6, "list": 0.06, "bool": 0.06, "search": 0.06,
-    "string_splitting": 0.1, "string_synthesis": 0.04, "chain_sum": 0.08,
+    "roll": 0.66, "list": 0.05, "bool": 0.05, "search": 0.04,
+    "string_splitting": 0.12, "string_synthesis": 0.03, "chain_sum": 0.05,
 }  # fmt: skip
 """Share of documents per family."""
 WORDING_B = 0.12
@@ -56,11 +56,14 @@ class Recipe:
     tokens: int
     lr: float
     start: str = ""
+    """The run of the same seed that it goes on from."""
     control: bool = False
 
 
+MIXED = {"long": 0.4, "plain": 0.25, "short": 0.3, "direct": 0.05}
 RECIPES = {
-    "trunk": Recipe({"long": 0.4, "plain": 0.25, "short": 0.25, "direct": 0.1}, 7_500_000, 3e-3, control=True),
+    "warm": Recipe(MIXED, 5_000_000, 3e-3, control=True),
+    "trunk": Recipe(MIXED, 3_300_000, 2.5e-3, "warm", control=True),
     "long": Recipe({"long": 1.0}, 1_000_000, 1e-3, "trunk"),
     "short": Recipe({"short": 1.0}, 600_000, 1e-3, "trunk"),
     "base": Recipe({"direct": 1.0}, 400_000, 1e-3, "trunk"),
@@ -199,7 +202,7 @@ def fast_norms() -> None:
     Qwen3RMSNorm.forward = forward  # type: ignore[method-assign,assignment]
 
 
-def train(which: str, seed: int, work: Path, recipe: Recipe, gate_every: int = 1_500_000) -> Any:
+def train(which: str, seed: int, work: Path, recipe: Recipe, gate_every: int = 600_000) -> Any:
     """Train a run to its end, resuming from ``work/which-seed`` where it was cut off; returns the model."""
     from safetensors.torch import load_file
 
@@ -219,7 +222,7 @@ def train(which: str, seed: int, work: Path, recipe: Recipe, gate_every: int = 1
         source = work / f"{recipe.start}-{seed}"
         _restore(model, None, load_file(source / json.loads((source / "state.json").read_text())["file"]))
     began, before, window, gate = time.time(), state["seconds"], [], state["tokens"] // gate_every
-    warm = 100 if not recipe.start else 20
+    rise = 20 if recipe.start else 100
     for chunk, made in batches(writer, recipe, f"{which}/{seed}", state["chunk"]):
         if state["tokens"] >= recipe.tokens:
             break
@@ -227,7 +230,7 @@ def train(which: str, seed: int, work: Path, recipe: Recipe, gate_every: int = 1
         for rows in made:
             state["step"] += 1
             left = max(0.0, 1 - state["tokens"] / recipe.tokens)
-            rate = recipe.lr * min(1.0, state["step"] / warm) * (0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * left)))
+            rate = recipe.lr * min(1.0, state["step"] / rise) * (0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * left)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             ids, labels = collate(rows)
@@ -282,18 +285,16 @@ def _restore(model: Any, optimizer: Any, tensors: dict[str, Tensor]) -> None:
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def gates(model: Any, writer: Writer, recipe: Recipe, n: int = 120) -> str:
-    """Accuracy and thinking tokens per level of roll and list, sampled at T = 0.7, per style learnt."""
+def gates(model: Any, writer: Writer, recipe: Recipe, n: int = 80) -> str:
+    """Accuracy and thinking tokens per level of roll, sampled at T = 0.7, per style learnt."""
     from thrifty.assets.evaluate import accuracy_tokens
 
     found = []
     for style in recipe.styles:
-        for name in ("roll", "list") if style != "direct" else ("roll",):
-            task = writer.tasks[name, "A"]
-            prefix = f"{CONTROL[style]} " if recipe.control else ""
-            cells = accuracy_tokens(model, writer.tokenizer, task, "calibration", n, prefix)
-            text = " ".join(f"{level}:{right:.2f}/{tokens:.0f}" for level, (right, tokens, _) in cells.items())
-            found.append(f"{style} {name} {text}")
+        prefix = f"{CONTROL[style]} " if recipe.control else ""
+        cells = accuracy_tokens(model, writer.tokenizer, writer.tasks["roll", "A"], "calibration", n, prefix)
+        text = " ".join(f"{level}:{right:.2f}/{tokens:.0f}" for level, (right, tokens, _) in cells.items())
+        found.append(f"{style} {text}")
     return " | ".join(found)
 
 

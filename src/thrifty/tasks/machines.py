@@ -87,13 +87,18 @@ class Machine:
 
     def prompt(self, content: Content) -> str:
         start = " ".join(map(str, content["start"]))
-        slots = [f"{LABELS[i + 1]} {' '.join(parts)} ." for i, parts in enumerate(content["slots"])]
+        slots = [f"{' '.join(parts)} ." for parts in self.labelled(content)]
         return f"{self.head(content)} . a {start} . {' '.join(slots)}"
+
+    def labelled(self, content: Content) -> list[list[str]]:
+        """The operations of each slot, every one under its own letter."""
+        labels = iter(LABELS[1:])
+        return [[f"{next(labels)} {part}" for part in parts] for parts in content["slots"]]
 
     def lines(self, content: Content, rng: random.Random) -> list[Line]:
         state, modulus = tuple(content["start"]), content["modulus"]
         lines = []
-        for i, parts in enumerate(content["slots"]):
+        for parts, labelled in zip(content["slots"], self.labelled(content)):
             before, states = state, []
             for part in parts:
                 state = self.apply(state, part, modulus)
@@ -103,7 +108,7 @@ class Machine:
             at = rng.randrange(self.width)
             wrong[at] = next(v for v in iter(lambda: self.value(modulus, rng), -1) if v != state[at])
             branch = (other, _text(self.apply(before, other, modulus)))
-            lines.append(Line(LABELS[i + 1], _text(before), tuple(parts), tuple(states), branch, _text(tuple(wrong))))
+            lines.append(Line(_text(before), tuple(labelled), tuple(states), branch, _text(tuple(wrong))))
         return lines
 
     def answer(self, content: Content) -> str:
@@ -133,16 +138,15 @@ def _text(state: tuple[int, ...]) -> str:
 
 
 class Roll(Machine):
-    """A running value modulo 10 or 31 through +, - and * by 2 to 9."""
+    """A running value modulo 10 through +, - and * by 2 to 9; at level 4 one line takes two operations at once."""
 
     name, form, width, echo = "roll", "one number", 1, True
     levels = MappingProxyType(
         {
             1: Level((3, 3)),
-            2: Level((4, 5), (1, 1)),
-            3: Level((6, 7), (2, 2)),
-            4: Level((6, 7), (3, 5)),
-            5: Level((4, 7), modulus=31),
+            2: Level((4, 5)),
+            3: Level((6, 7)),
+            4: Level((5, 6), (1, 1)),
         }
     )
 

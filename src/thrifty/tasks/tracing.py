@@ -62,7 +62,7 @@ class Style:
 
 LONG = Style("long", 1, (0.55, 1.15), (0.0, 0.7), (0.0, 0.7), (0.0, 0.7), (0.0, 2.5))
 PLAIN = Style("plain")
-SHORT = Style("short", merge=3)
+SHORT = Style("short", merge=2)
 DIRECT = Style("direct", merge=0)
 STYLES = {style.name: style for style in (LONG, PLAIN, SHORT, DIRECT)}
 
@@ -126,9 +126,10 @@ class Mood:
 class Line:
     """One line of work: from ``before`` through ``parts`` to ``after``; states are texts of fixed width."""
 
-    label: str
     before: str
     parts: tuple[str, ...]
+    """The operations with their labels, "b +3": the same pair of words as in the prompt, so that looking up an
+    operation is copying what followed the label."""
     states: tuple[str, ...]
     """The state after each part."""
     other: tuple[str, str] = ("", "")
@@ -150,7 +151,7 @@ def write_lines(lines: Sequence[Line], echo: bool, style: Style, rng: random.Ran
                 steps.append(Step(tried, "branch"))
         slipped = rng.random() < style.slip * (1.0 if len(line.parts) > 1 else 1 / 6)
         shown = line.wrong if slipped else right
-        work = f"{line.label} {head}{' '.join(line.parts)} ="
+        work = f"{head}{' '.join(line.parts)} ="
         steps += [Step(work), Step(shown, loss=not slipped), Step(".")]
         checks = mood.recheck.due()
         for _ in range(max(checks, int(slipped))):
@@ -175,7 +176,6 @@ def merge_lines(lines: Sequence[Line], parts: int) -> list[Line]:
         before = first.before if i == 0 else first.states[i - 1]
         merged.append(
             Line(
-                label=first.label,
                 before=before,
                 parts=tuple(line.parts[j] for line, j in group),
                 states=tuple(line.states[j] for line, j in group),
