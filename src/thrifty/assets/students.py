@@ -1,9 +1,9 @@
-"""The shipped students, from nothing: ``python -m thrifty.assets.students --which trunk --seed 0``.
+"""The shipped students, from nothing: ``python -m thrifty.assets.students --which warm --seed 0``, then ``trunk``, ....
 
 Per seed one *warm*-up and then one *trunk* learn all styles with a control word in the prompt (``full``, ``plain``,
-``terse``, ``direct``): this is *mixed*. *long* (hidden moods, re-checks, branches, tail), *short* (terse merged lines) and *base* (answer only)
-are tuned from it without control words. Qwen3-shaped, d = 128, 4 layers; one document per row, rows of like length
-together, loss on the response only; AdamW on a cosine over tokens (EVIDENCE §4).
+``terse``, ``direct``): this is *mixed*. *long* (hidden moods, re-checks, branches, tail), *short* (terse merged lines)
+and *base* (answer only) are tuned from it without control words. Qwen3-shaped, d = 128, 4 layers; one document per row,
+rows of like length together, loss on the response only; AdamW on a cosine over tokens (EVIDENCE §4).
 """
 
 from __future__ import annotations
