@@ -36,7 +36,7 @@ class MyMethod:
         """Loss ``[N]`` of target tokens with these log-probabilities ``[N]``."""
         return -((1 - logp.exp()) ** self.gamma) * logp
 
-    def loss(self, model: Any, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Any, batch: Batch, step: int, modules: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
         keep = batch.weights != 0
         logits = model(**batch.inputs).logits[keep].float()
         logp = -torch.nn.functional.cross_entropy(logits, batch.labels[keep], reduction="none")

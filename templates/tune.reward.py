@@ -35,7 +35,7 @@ class MyMethod:
     def score(self, groups: Sequence[Group], step: int) -> list[list[float]]:
         return [
             self.rewards(
-                [t.answer is not None and t.answer == group.problem.answer for t in group.traces],
+                [grade.right for grade in group.grades],
                 [len(t.ids) - t.start for t in group.traces],
             )
             for group in groups

@@ -213,9 +213,9 @@ class Auxiliary(NLL):
     def modules(self, model):
         return {"head": self.head}
 
-    def loss(self, model, batch, step):
-        loss, _ = super().loss(model, batch, step)
-        guess = self.head(model(**batch.inputs).logits[batch.weights != 0])
+    def loss(self, model, batch, step, modules):
+        loss, _ = super().loss(model, batch, step, modules)
+        guess = modules["head"](model(**batch.inputs).logits[batch.weights != 0])
         extra = (guess - 3.0).square().sum() / batch.total
         return loss + extra, {"extra": extra.item()}
 

@@ -11,7 +11,7 @@ This module imports the standard library alone (numpy and torch for type checker
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -86,7 +86,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Usage:
-    """What something cost, in tokens, calls and seconds. Unknown is None, never 0."""
+    """What something cost, in tokens, calls and seconds."""
 
     prompt: int = 0
     """Prompt tokens read anew."""
@@ -102,10 +102,14 @@ class Usage:
     """Sampled tokens of cancelled rows (a subset of thought + answer)."""
     calls: int = 0
     seconds: float = 0.0
+    latent: int = 0
+    """Latent steps: forwards that think without writing a token."""
+    partial: int = 0
+    """Calls whose counts the engine could not tell in full: the sums are then lower bounds, never unknown as 0."""
 
     @property
     def generated(self) -> int:
-        return self.thought + self.answer + self.injected
+        return self.thought + self.answer + self.injected + self.latent
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
@@ -116,9 +120,10 @@ class Trace:
     """One sampled continuation of a prompt, prefix included.
 
     ``ids`` are the response's token ids ``[T]`` int32, beginning with the request's prefix; ``start`` is how
-    many of them were that prefix. ``thought`` and ``response`` are the decoded text before and after the
-    chain's closing tag, tags excluded; ``closed`` says whether the chain was closed. ``answer`` is what the task's parser found in a
-    finished response (None: nothing, or unfinished). ``logprobs`` and ``entropies`` are float32 ``[T - start]``.
+    many of them were that prefix; -1 stands for a token that an endpoint does not name. ``thought`` and
+    ``response`` are the decoded text before and after the chain's closing tag, tags excluded; ``closed`` says whether
+    the chain was closed. ``answer`` is what the task's parser found in a finished response (None: nothing, or
+    unfinished). ``logprobs`` and ``entropies`` are float32 ``[T - start]``.
     """
 
     ids: np.ndarray
@@ -136,6 +141,8 @@ class Trace:
     """Id of the problem."""
     path: tuple[int, ...] = ()
     """Where in the strategy the request stood: the key of its random stream."""
+    prompt_ids: np.ndarray | None = None
+    """The prompt as the model read it, int32 ``[P]``; None where the engine cannot tell."""
 
     @property
     def complete(self) -> bool:
@@ -145,10 +152,11 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """All samples of one problem in one step of reinforcement learning."""
+    """All samples of one problem in one step of reinforcement learning, and the task's grade of each."""
 
     problem: Problem
     traces: Sequence[Trace]
+    grades: Sequence[Grade]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,10 +256,26 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """An engine's reply to ``Score``; the talk is sent ``values`` alone."""
+class Hidden:
+    """The hidden state after layer ``layer`` (from 0) at the last token of ``prompt`` + ``prefix`` + each text.
 
-    values: list[float]
+    Answered by one float32 array ``[d]`` per text; the text may be empty. Prefill only. The last layer's is taken after
+    the model's final norm.
+    """
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    layer: int
+    prefix: Sequence[int] | np.ndarray = ()
+    role: str = "main"
+    adapters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """An engine's reply to ``Score`` and ``Hidden``; the talk is sent ``values`` alone."""
+
+    values: list[Any]
     usage: Usage = Usage()
 
 
@@ -265,9 +289,15 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class All:
-    """Side by side; answered by the list of answers. Items are requests or talks (generators)."""
+    """Side by side; answered by the list of answers. Items are requests or talks (generators).
+
+    ``stop(index, answer)`` is asked as each item ends; where it says True the items that stand after it are stopped and
+    their answers are None, even if they had ended before. So the answers do not depend on who was faster, only the
+    cost does: put what decides (a verifier) before what is done on the chance that it is wanted.
+    """
 
     items: Sequence[Any]
+    stop: Callable[[int, Any], bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +318,7 @@ class Emit:
     text: str
 
 
-Request: TypeAlias = Sample | Score | Call | All | First | Emit
+Request: TypeAlias = Sample | Score | Hidden | Call | All | First | Emit
 Talk: TypeAlias = Generator[Any, Any, Any]
 """A generator that yields requests and is sent their answers. ``[trace] = yield Sample(...)``."""
 
@@ -319,13 +349,13 @@ class Engine(Protocol):
     """Rows in, traces out, by continuous batching: the runner submits, polls, limits and cancels.
 
     ``capabilities`` is a subset of {"prefix", "logprobs", "entropies", "adapters", "controls", "patches",
-    "decoder", "cancel", "score", "seed"}.
+    "decoder", "cancel", "score", "hidden", "seed"}; ``engines/capabilities.py`` lists what each engine has.
     """
 
     name: str
     capabilities: frozenset[str]
 
-    def submit(self, ticket: int, request: Sample | Score, key: tuple[Hashable, ...]) -> None:
+    def submit(self, ticket: int, request: Sample | Score | Hidden, key: tuple[Hashable, ...]) -> None:
         """Queue one row (``n`` and ``first`` are the runner's affair). ``key`` seeds its random stream."""
         ...
 
@@ -339,10 +369,6 @@ class Engine(Protocol):
 
     def thinking(self, prompt: Prompt) -> tuple[str, str]:
         """The model's opening and closing tag of a chain, ("", "") where it has none."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text that continues a response: for prefixes that a strategy writes itself."""
         ...
 
 
@@ -380,8 +406,8 @@ class Tail:
 class Control(Protocol):
     """Steer decoding from a row's own tokens and logits. State is passed in and returned.
 
-    ``step`` gets one ``Tail`` per row, ``logits`` ``[B, V]`` and one state per row, and returns logits, per row a tuple of
-    token ids to force (empty: none) and per row whether to stop now, and the new states.
+    ``step`` gets one ``Tail`` per row, ``logits`` ``[B, V]`` and one state per row, and returns logits, per row a tuple
+    of token ids to force (empty: none) and per row whether to stop now, and the new states.
     """
 
     def start(self, tokenizer: Any) -> Any:
@@ -402,9 +428,16 @@ class Patch(Protocol):
 
 
 class Decoder(Protocol):
-    """Own the decoding loop of some rows (drafts, trees, latents). ``forward`` is the only way to the model."""
+    """Say which tokens come next in some rows (drafts, trees, latents). ``forward`` is the only way to a model.
 
-    def decode(self, rows: Sequence[Any], forward: Callable[..., Any]) -> Iterator[tuple[int, Any]]: ...
+    ``decode`` yields ``(index, token ids)`` as a row gets new tokens and is sent whether that row has ended: the engine
+    cuts at end-of-sequence, stop strings and limits. It goes on until all rows have. ``rows`` and ``forward`` are
+    described in ``engines/decoding.py``.
+    """
+
+    def decode(
+        self, rows: Sequence[Any], forward: Callable[..., Any]
+    ) -> Generator[tuple[int, Sequence[int]], bool | None, None]: ...
 
 
 class Maker(Protocol):
@@ -444,11 +477,16 @@ class Adapter(Protocol):
 
 
 class Objective(Protocol):
-    """A loss. ``modules`` names extra parts to train (heads, auxiliary decoders)."""
+    """A loss. ``modules`` makes extra parts to train (heads, auxiliary decoders) by name; ``loss`` gets them back.
+
+    Loss and figures to log are the batch's share of the step's: they are added up over its batches.
+    """
 
     def modules(self, model: Any) -> Mapping[str, Any]: ...
 
-    def loss(self, model: Any, batch: Any, step: int) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(
+        self, model: Any, batch: Any, step: int, modules: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, float]]: ...
 
 
 class Source(Protocol):
@@ -468,13 +506,21 @@ class Reward(Protocol):
 
 
 class Credit(Protocol):
-    """Per-token weights from rewards: advantages, masks; a group of all zeros is dropped."""
+    """Per-token weights from rewards: float32 ``[T - start]`` per trace, 0 where a token was not sampled.
+
+    A group of all zeros is dropped.
+    """
 
     def weights(self, groups: Sequence[Group], rewards: list[list[float]], step: int) -> list[list[np.ndarray]]: ...
 
 
 class Hook(Protocol):
-    """Moving masks, gradient bias, freezing, moments. Every method is optional to a hook: inherit ``NoHook``."""
+    """Moving masks, gradient bias, freezing, moments. Every method is optional to a hook: inherit ``NoHook``.
+
+    ``start`` runs once, before a checkpoint is restored: ``state.optimizer`` may be replaced there.
+    """
+
+    def start(self, state: Any) -> None: ...
 
     def before_step(self, state: Any) -> None: ...
 

@@ -50,6 +50,7 @@ class Row:
     slot: int = -1
     read: int = 0
     cached: int = 0
+    latent: int = 0
     seconds: float = 0.0
     clock: float = 0.0
     forced: deque[int] = field(default_factory=deque)

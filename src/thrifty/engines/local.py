@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from thrifty.contracts import (
     Usage,
 )
 from thrifty.engines import sampling
+from thrifty.engines.adapters import Adapters
 from thrifty.engines.batch import Batch, Ended, Row
 from thrifty.engines.capabilities import CAPABILITIES
 from thrifty.engines.decoding import Decoders
@@ -63,23 +66,18 @@ class LocalEngine:
         self._rows: dict[int, Row] = {}
         self._decoders = Decoders(self.batches)
         self._ended: list[Ended] = []
-        self._wrappers: dict[str, Any] = {}
+        self._adapters = {role: Adapters(batch.reader, batch.loaded) for role, batch in self.batches.items()}
 
     # What the runner calls -------------------------------------------------------------------------------
 
     def submit(self, ticket: int, request: Sample | Score | Hidden, key: tuple[Hashable, ...]) -> None:
         """Queue one row; ThriftyError where it cannot run (unknown role or adapter, context too long)."""
         batch = self._batch(request.role)
-        missing = [name for name in request.adapters if name not in batch.reader.dial.names]
-        if missing:
-            have = ", ".join(batch.reader.dial.names) or "none"
-            raise ThriftyError(
-                f"no adapter {missing[0]!r} on role {request.role!r} (it has: {have}): add_adapter first"
-            )
+        request = replace(request, adapters=self._adapters[request.role].resolve(request.adapters))
         chat = batch.loaded.chat
         prompt = chat.prompt_ids(request.prompt)
         # Rows share keys and values only where the same weights made them.
-        strengths = tuple(sorted((name, float(s)) for name, s in request.adapters.items() if s))
+        strengths = tuple(sorted(request.adapters.items()))
         patches = tuple((id(patch), float(s)) for patch, s in getattr(request, "patches", ()) if s)
         space = (strengths, patches)
         if isinstance(request, Score):
@@ -100,6 +98,8 @@ class LocalEngine:
             raise ThriftyError("an engine takes one row at a time: n and first are the runner's")
         if "" in request.until:
             raise ThriftyError("an empty stop string in until would end every row at once: leave it out")
+        if request.decoder is not None and (request.controls or request.want):
+            raise ThriftyError("a decoder takes no controls and hands back no log-probabilities: drop them")
         injected = self._ids(batch, request.inject.replace(END_OF_THOUGHT, chat.close))
         context = self._context(batch, key, prompt, request.prefix, injected, 0)
         wanted = request.max_tokens if request.max_tokens is not None else self.max_tokens
@@ -124,24 +124,22 @@ class LocalEngine:
         self._rows[ticket] = row
         if request.decoder is None:
             batch.queue.append(row)
-            return
-        if request.controls or request.want:
-            raise ThriftyError(
-                "a decoder of one's own takes no controls and hands back no log-probabilities: drop them"
-            )
-        self._decoders.add(row)
+        else:
+            self._decoders.add(row)
 
     def poll(self) -> list[tuple[int, Trace | Scores]]:
         """Decode until at least one row has ended; all that have, empty when nothing is queued."""
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            for adapters in self._adapters.values():
+                stack.enter_context(adapters.on())
             done = [reply for batch in self.batches.values() for reply in self._scored(batch)]
-            self._ended += self._decoders.advance()
             while True:
                 for batch in self.batches.values():
                     self._ended += batch.ended
                     batch.ended = []
-                if self._ended or done or not any(batch.busy for batch in self.batches.values()):
+                if self._ended or done or not self._busy:
                     break
+                self._ended += self._decoders.advance()
                 for batch in self.batches.values():
                     batch.admit()
                     batch.step()
@@ -167,43 +165,27 @@ class LocalEngine:
     # Weights ---------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, source: str | Path, role: str = "main") -> None:
-        """Put the LoRA saved in folder ``source`` beside the model; ``Sample.adapters`` sets its strength by ``name``.
+        """Load the LoRA saved in folder ``source``; ``Sample.adapters`` sets its strength by ``name``.
 
         Raises ThriftyError where the folder holds no LoRA that takes a strength per row.
         """
-        from peft import PeftConfig, PeftModel
-
-        batch = self._batch(role)
-        if name in batch.reader.dial.names:
-            raise ThriftyError(f"role {role!r} has an adapter {name!r} already: choose another name")
-        folder = Path(source)
-        if not (folder / "adapter_config.json").is_file():
-            raise ThriftyError(f"{folder} holds no adapter (no adapter_config.json): give the folder that peft saved")
-        kind = PeftConfig.from_pretrained(str(folder)).peft_type
-        if kind != "LORA":
-            raise ThriftyError(
-                f"{folder} holds a {kind} adapter; only a LoRA takes a strength per row: convert it first"
-            )
-        wrapper = self._wrappers.get(role, batch.loaded.model)
-        if isinstance(wrapper, PeftModel):
-            wrapper.load_adapter(str(folder), adapter_name=name)
-        else:
-            wrapper = PeftModel.from_pretrained(wrapper, str(folder), adapter_name=name)
-        self._wrappers[role] = wrapper.eval()
-        batch.reader.reset()
-        for layer in {id(x): x for layers in batch.reader.dial.layers.values() for x in layers}.values():
-            layer.set_adapter(list(layer.scaling), inference_mode=True)
-        with batch.reader.dial({name: [1.0]}):
-            """Raises where the kind of LoRA takes no strength per row."""
+        self._batch(role)
+        self._adapters[role].add(name, Path(source))
 
     def reset(self) -> None:
         """Forget what ended rows left: call it when weights or adapters were changed from outside."""
-        if any(batch.busy for batch in self.batches.values()):
+        if self._busy:
             raise ThriftyError("rows are under way: poll until they have ended before the weights change")
         for batch in self.batches.values():
             batch.reader.reset()
+        for adapters in self._adapters.values():
+            adapters.forget()
 
     # Inside ----------------------------------------------------------------------------------------------
+
+    @property
+    def _busy(self) -> bool:
+        return self._decoders.busy or any(batch.busy for batch in self.batches.values())
 
     def _batch(self, role: str) -> Batch:
         if role not in self.batches:

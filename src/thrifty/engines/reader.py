@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thrifty.contracts import Score, ThriftyError
+from thrifty.contracts import Hidden, Score, ThriftyError
 from thrifty.engines.cache import Layout, PrefixCache, SlotCache
 from thrifty.engines.meter import Meter, scope
 from thrifty.models.load import Loaded
@@ -30,17 +30,22 @@ SCORE_LOGITS = 1 << 26
 
 @dataclass(eq=False)
 class ScoreRow:
-    """One ``Score`` under way; ``context`` (prompt and prefix) and ``texts`` are int32 token ids."""
+    """One ``Score`` or ``Hidden`` under way; ``context`` (prompt and prefix) and ``texts`` are int32 token ids."""
 
     ticket: int
-    request: Score
+    request: Score | Hidden
     context: np.ndarray
     texts: list[np.ndarray]
     space: Hashable
-    values: list[float] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     read: int = 0
     cached: int = 0
     seconds: float = 0.0
+
+    @property
+    def layer(self) -> int | None:
+        """Whose hidden states are asked for; None for log-probabilities."""
+        return self.request.layer if isinstance(self.request, Hidden) else None
 
 
 class Reader:
@@ -93,26 +98,35 @@ class Reader:
 
     def forward(
         self, ids: Tensor, positions: Tensor, first: int, length: int, steering: dict[str, Any], keep: int = 1,
-        padding: int = 0, prefill: int = 0,
+        padding: int = 0, prefill: int = 0, layer: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Run slots ``first`` and on; logits ``[B, keep, V]`` of the last ``keep`` positions (0: of all)."""
+        """Run slots ``first`` and on; logits ``[B, keep, V]`` of the last ``keep`` positions (0: of all).
+
+        Given ``layer``, the hidden states ``[B, T, d]`` after it instead.
+        """
         self.cache.select(first, positions, length)
         more = {"logits_to_keep": keep} if keep and self.few_logits else {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(scope(role=self.role, padding=padding, prefill=prefill))
-            if steering["adapters"]:
-                stack.enter_context(self.dial(steering["adapters"]))
-            for patch, strength in steering["patches"]:
-                stack.enter_context(patch.apply(self.model, strength))
-            logits: Tensor = self.model(
+            self.steer(stack, steering)
+            output = self.model(
                 input_ids=ids,
                 attention_mask=self.cache.mask(self.additive),
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=True,
+                output_hidden_states=layer is not None,
                 **more,
-            ).logits
-        return logits if not keep else logits[:, -keep:]
+            )
+        result: Tensor = output.logits if layer is None else output.hidden_states[layer + 1]
+        return result[:, -keep:] if keep and layer is None else result
+
+    def steer(self, stack: contextlib.ExitStack, steering: dict[str, Any]) -> None:
+        """Turn on what ``steering`` found, until ``stack`` is left."""
+        if steering["adapters"]:
+            stack.enter_context(self.dial(steering["adapters"]))
+        for patch, strength in steering["patches"]:
+            stack.enter_context(patch.apply(self.model, strength))
 
     def fill(self, first: int, items: Sequence[Any]) -> list[Any]:
         """Read each item's context but its last token into slots ``first`` and on; return the items in slot order.
@@ -162,13 +176,15 @@ class Reader:
     def score(self, rows: Sequence[ScoreRow], first: int) -> None:
         """Set the ``values`` of ``rows``, using slots ``first`` and on.
 
-        A value is the sum of log p(token | what stands before it) over a continuation's tokens.
+        A value is the sum of log p(token | what stands before it) over a continuation's tokens, or for ``Hidden`` the
+        hidden state ``[d]`` at the last position that was read.
         """
         heads: dict[tuple[Hashable, bytes], ScoreRow] = {}
         for row in rows:
             heads.setdefault((row.space, row.context.tobytes()), row)
         jobs = sorted(
-            ((row, k) for row in rows for k in range(len(row.texts))), key=lambda job: len(job[0].texts[job[1]])
+            ((row, k) for row in rows for k in range(len(row.texts))),
+            key=lambda job: (-1 if job[0].layer is None else job[0].layer, len(job[0].texts[job[1]])),
         )
         longest = max(len(row.context) + max(map(len, row.texts), default=0) for row in rows)
         base = first + len(heads)
@@ -180,7 +196,7 @@ class Reader:
             if heads[row.space, row.context.tobytes()] is not row:
                 row.cached, row.read = len(row.context) - 1, 1
             row.read += sum(map(len, row.texts)) - 1
-        begin = next((i for i, (row, k) in enumerate(jobs) if len(row.texts[k])), len(jobs))
+        begin = next((i for i, (row, k) in enumerate(jobs) if len(row.texts[k])), len(jobs))  # none to read: 0.0
         while begin < len(jobs):
             end = begin + 1
             while end < len(jobs) and self._fits(jobs[begin], jobs[end], end + 1 - begin):
@@ -190,8 +206,10 @@ class Reader:
 
     def _fits(self, shortest: tuple[ScoreRow, int], job: tuple[ScoreRow, int], count: int) -> bool:
         width = len(job[0].texts[job[1]])
-        return width <= 2 * len(shortest[0].texts[shortest[1]]) and count * width <= min(
-            READ_POSITIONS, SCORE_LOGITS // self.vocabulary
+        return (
+            job[0].layer == shortest[0].layer
+            and width <= 2 * len(shortest[0].texts[shortest[1]])
+            and count * width <= min(READ_POSITIONS, SCORE_LOGITS // self.vocabulary)
         )
 
     def _score(
@@ -209,12 +227,17 @@ class Reader:
         self.cache.copy(sources, range(base, base + len(jobs)), int(starts.max()))
         positions = starts[:, None] + np.arange(width)
         count = sum(map(len, texts))
-        logits = self.forward(
+        layer = jobs[0][0].layer
+        out = self.forward(
             torch.from_numpy(ids).to(self.device), torch.from_numpy(positions).to(self.device), base,
-            int(positions.max()) + 1, self.steering([row.request for row, _ in jobs]), keep=0,
-            padding=ids.size - count, prefill=count,
+            int(positions.max()) + 1, self.steering([row.request for row, _ in jobs]), keep=0 if layer is None else 1,
+            padding=ids.size - count, prefill=count, layer=layer,
         )  # fmt: skip
+        if layer is not None:
+            for i, (row, k) in enumerate(jobs):
+                row.values[k] = out[i, len(texts[i]) - 1].float().cpu().numpy()
+            return
         wanted = torch.from_numpy(targets).to(self.device)[:, :, None]
-        chances = logits.float().log_softmax(-1).gather(2, wanted)[:, :, 0].double().cpu().numpy()
+        chances = out.float().log_softmax(-1).gather(2, wanted)[:, :, 0].double().cpu().numpy()
         for i, (row, k) in enumerate(jobs):
             row.values[k] = float(chances[i, : len(texts[i])].sum())

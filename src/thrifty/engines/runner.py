@@ -24,6 +24,7 @@ from thrifty.contracts import (
     Engine,
     First,
     Grade,
+    Hidden,
     Outcome,
     OutOfBudget,
     Problem,
@@ -37,6 +38,7 @@ from thrifty.contracts import (
     Trace,
     Usage,
 )
+from thrifty.engines import capabilities
 
 Done = Callable[[Any], None]
 _GONE: Any = object()
@@ -156,7 +158,9 @@ class _SampleNode(_Node):
 
 
 class _ScoreNode(_Node):
-    def __init__(self, job: _Job, path: tuple[int, ...], allowance: int | None, done: Done, request: Score):
+    """``Score`` and ``Hidden``: text is read, nothing is generated."""
+
+    def __init__(self, job: _Job, path: tuple[int, ...], allowance: int | None, done: Done, request: Score | Hidden):
         super().__init__(job, path, allowance, done)
         self.request = request
 
@@ -181,11 +185,13 @@ class _ManyNode(_Node):
     def __init__(self, job: _Job, path: tuple[int, ...], allowance: int | None, done: Done, request: All | First):
         super().__init__(job, path, allowance, done)
         self.m = request.m if isinstance(request, First) else None
+        self.stops = None if isinstance(request, First) else request.stop
+        self.last = len(request.items) - 1  # whoever stands after it has been stopped
         if self.m is not None and not 1 <= self.m <= len(request.items):
             raise ThriftyError(f"First needs 1 <= m <= {len(request.items)} items, got {self.m}")
         share = None if allowance is None or not request.items else allowance // len(request.items)
         self.answers: dict[int, Any] = {}
-        self.ended: dict[int, int] = {}
+        self.started = -1
         self.children = [
             _node(job, (*path, i), share, partial(self._child_done, i), item) for i, item in enumerate(request.items)
         ]
@@ -193,16 +199,24 @@ class _ManyNode(_Node):
     def start(self) -> None:
         if not self.children:
             self.finish([])
-        for child in self.children:
-            child.start()
+        for i, child in enumerate(self.children):
+            child.over = i > self.last  # one that ended at once may have stopped it
+            if not child.over:
+                child.start()
+                self.started = i
+        self._close()
 
     def _child_done(self, index: int, value: Any) -> None:
         self.cost = sum(child.cost for child in self.children)
         if value is not _GONE:
             self.answers[index] = value
         if self.m is None:
-            if len(self.answers) == len(self.children):
-                self.finish([self.answers[i] for i in range(len(self.children))])
+            if index < self.last and index in self.answers and self.stops is not None and self.stops(index, value):
+                self.last = index
+                for child in self.children[index + 1 : self.started + 1]:
+                    if not child.over:
+                        child.cap(0)
+            self._close()
             return
         best = sorted((self.children[i].cost, i) for i in self.answers)[: self.m]
         if len(best) == self.m:
@@ -213,6 +227,15 @@ class _ManyNode(_Node):
                     child.cap(bound if i > last else bound + 1)
         if all(child.over for child in self.children):
             self.finish([(i, self.answers[i]) for _, i in best])
+
+    def _close(self) -> None:
+        """Answer an ``All`` once everything in it is over; it is lost where something was stopped from above."""
+        if self.m is not None or self.over or not all(child.over for child in self.children):
+            return
+        if any(i not in self.answers for i in range(self.last + 1)):
+            self.finish(_GONE)
+        else:
+            self.finish([self.answers[i] if i <= self.last else None for i in range(len(self.children))])
 
     def cap(self, tokens: int) -> None:
         rest = tokens - sum(child.cost for child in self.children if child.over)
@@ -300,14 +323,14 @@ class _TalkNode(_Node):
 def _node(job: _Job, path: tuple[int, ...], allowance: int | None, done: Done, item: Any) -> _Node:
     if isinstance(item, Sample):
         return _SampleNode(job, path, allowance, done, item)
-    if isinstance(item, Score):
+    if isinstance(item, Score | Hidden):
         return _ScoreNode(job, path, allowance, done, item)
     if isinstance(item, All | First):
         return _ManyNode(job, path, allowance, done, item)
     if hasattr(item, "send") and hasattr(item, "throw"):
         return _TalkNode(job, path, allowance, done, item)
     raise TypeError(
-        f"a strategy yielded {type(item).__name__}; yield Sample, Score, Call, All, First or Emit, "
+        f"a strategy yielded {type(item).__name__}; yield Sample, Score, Hidden, Call, All, First or Emit, "
         "and use `yield from` for a sub-strategy"
     )
 
@@ -339,9 +362,10 @@ class Runner:
 
     # What jobs and nodes call ------------------------------------------------------------------
 
-    def submit(self, job: _Job, request: Sample | Score, key: tuple[Any, ...], done: Done) -> int:
+    def submit(self, job: _Job, request: Sample | Score | Hidden, key: tuple[Any, ...], done: Done) -> int:
         if self.adapters and not request.adapters:
             request = replace(request, adapters=self.adapters)
+        capabilities.check_request(request, self.engine)
         self._tickets += 1
         ticket = self._tickets
         self._waiting[ticket] = (job, done)
@@ -395,7 +419,11 @@ class Runner:
         seed: int = 0,
         on_outcome: Callable[[Outcome], None] | None = None,
     ) -> list[Outcome]:
-        """Solve all problems; outcomes come back in their order, ``on_outcome`` hears each as it ends."""
+        """Solve all problems; outcomes come back in their order, ``on_outcome`` hears each as it ends.
+
+        Raises ThriftyError, before any request, where the engine lacks what the strategy's card needs.
+        """
+        capabilities.check(strategy, self.engine)
         outcomes: dict[int, Outcome] = {}
         queue = list(enumerate(problems))[::-1]
         running: dict[_Job, int] = {}
@@ -421,6 +449,7 @@ class Runner:
         self, strategy: Strategy, problem: Problem, seed: int = 0, emit: Callable[[str], None] = lambda text: None
     ) -> Outcome:
         """Solve one problem among others that are under way. Cancelling the caller stops its rows."""
+        capabilities.check(strategy, self.engine)
         job = _Job(self, problem, strategy, seed, emit)
         future = self._futures[job] = asyncio.get_running_loop().create_future()
         try:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from thrifty.contracts import END_OF_THOUGHT, Finish, Sample, Score, Scores, Span, Trace, Usage
+from thrifty.contracts import END_OF_THOUGHT, Finish, Hidden, Sample, Score, Scores, Span, Trace, Usage
+from thrifty.engines.capabilities import CAPABILITIES
 
 CLOSE = "</think>"
 Script = Callable[[str, tuple[Hashable, ...]], str]
@@ -29,7 +30,7 @@ class ScriptedEngine:
     """``script`` writes whole responses; a prefix continues the script of the same key's response after it."""
 
     name = "scripted"
-    capabilities = frozenset({"prefix", "cancel", "score", "seed"})
+    capabilities = CAPABILITIES["scripted"]
 
     def __init__(self, script: Script, score: Callable[[str, str], float] | None = None, batch_size: int = 64):
         self.script, self.score, self.batch_size = script, score, batch_size
@@ -48,7 +49,8 @@ class ScriptedEngine:
             out.append(self.ids[word])
         return out
 
-    def submit(self, ticket: int, request: Sample | Score, key: tuple[Hashable, ...]) -> None:
+    def submit(self, ticket: int, request: Sample | Score | Hidden, key: tuple[Hashable, ...]) -> None:
+        assert not isinstance(request, Hidden), "refused by the runner: a script has no hidden states"
         prompt = request.prompt if isinstance(request.prompt, str) else "\n".join(m["content"] for m in request.prompt)
         if isinstance(request, Score):
             assert self.score is not None, "this scripted engine was given no score function"

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from thrifty.contracts import Hook, Objective, Source, ThriftyError
 from thrifty.engines.meter import Meter, scope
@@ -85,7 +86,7 @@ class TrainResult:
 
 @dataclass
 class State:
-    """What hooks see, and may change: the gradients of ``model`` after backward, the groups of ``optimizer``."""
+    """What hooks see and may change: gradients after backward, the optimiser's groups, in ``start`` the optimiser."""
 
     model: Any
     optimizer: torch.optim.Optimizer
@@ -99,6 +100,8 @@ class State:
 
 class NoHook:
     """A hook that does nothing: inherit it and override what you need."""
+
+    def start(self, state: Any) -> None: ...
 
     def before_step(self, state: Any) -> None: ...
 
@@ -125,7 +128,8 @@ def train(
     """Train the weights of ``model`` that require gradients; run again with the same arguments, it resumes.
 
     ``folder`` gets ``train.jsonl`` (one line per step), ``checkpoints/`` (the last two) and at the end ``adapter/`` (a
-    ``PeftModel``'s active adapter, as peft saves it) or ``model/``. ``progress`` is called with steps done, all steps
+    ``PeftModel``'s active adapter, as peft saves it) or ``model/``, with the objective's own parts beside it in
+    ``modules.safetensors``, named ``PART:WEIGHT``. ``progress`` is called with steps done, all steps
     and the line just logged. Raises ``ThriftyError`` on bad settings or data, on a loss that is not finite (nothing is
     saved then) and on a full disk. Ctrl-C finishes the step, saves a checkpoint and raises ``KeyboardInterrupt``.
     """
@@ -146,6 +150,8 @@ def train(
     for part, module in extra.items():
         module.to(device).train()
         weights |= {f"{part}:{name}": p for name, p in module.named_parameters() if p.requires_grad}
+        if meter is not None and hasattr(module, "get_input_embeddings"):  # a model of its own costs as the main one
+            meter.watch(module, part)
     if not weights:
         raise ThriftyError(
             "nothing to train: no weight of the model requires a gradient; attach an adapter or unfreeze"
@@ -165,6 +171,9 @@ def train(
         raise ThriftyError("this model does not keep packed documents apart: set layout=bucketed, or attention sdpa")
     dial = Dial(bare)
     state = State(bare, optimizer, steps)
+    for hook in hooks:
+        hook.start(state)
+    optimizer = state.optimizer
     if meter is not None:
         # The innermost model: a PeftModel around it calls it once, and an engine may watch it already.
         meter.watch(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
@@ -215,6 +224,7 @@ def train(
                 hook.before_step(state)
 
             loss_sum = torch.zeros((), device=device)
+            logged: dict[str, float] = {}
             for i, batch in enumerate(batches):
                 batch = batch.to(device)
                 with ExitStack() as forward:
@@ -223,9 +233,10 @@ def train(
                     if batch.strengths is not None:
                         forward.enter_context(dial({_adapter(bare): batch.strengths}))
                     forward.enter_context(scope(phase="train", padding=batch.input_ids.numel() - batch.tokens))
-                    loss, logs = objective.loss(model, batch, step)
+                    loss, logs = objective.loss(model, batch, step, extra)
                     accelerator.backward(loss * world)  # DDP takes the mean over processes, the loss is their sum
                 loss_sum += loss.detach().float()
+                logged = {name: logged.get(name, 0.0) + value for name, value in logs.items()}
             for hook in hooks:
                 hook.after_backward(state)
 
@@ -240,7 +251,7 @@ def train(
             for hook in hooks:
                 hook.after_step(state)
 
-            feedback = {"loss": total_loss, **logs}
+            feedback = {"loss": total_loss, **logged}
             line = {
                 "step": step + 1,
                 **feedback,
@@ -271,6 +282,9 @@ def train(
                 save_adapter(bare, trained, _adapter(bare))
             else:
                 bare.save_pretrained(trained)
+            if extra:
+                parts = {name: p.detach().contiguous() for name, p in weights.items() if name.split(":")[0] in extra}
+                save_file(parts, trained / "modules.safetensors")
     accelerator.wait_for_everyone()
     return TrainResult(
         folder=folder,

@@ -30,7 +30,7 @@ class NLL:
         """Nothing to train beside the model."""
         return {}
 
-    def loss(self, model: Any, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Any, batch: Batch, step: int, modules: Mapping[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """This batch's share of the step's mean loss."""
         logits, labels, weights = target_logits(model, batch)
         nats = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")

@@ -1,0 +1,71 @@
+"""What engines can do, and what a method or a request cannot do without. Imports no engine: the table is read first."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from thrifty.contracts import Card, Engine, Hidden, Sample, Score, ThriftyError
+
+CAPABILITIES: dict[str, frozenset[str]] = {
+    "local": frozenset(
+        {"prefix", "logprobs", "entropies", "adapters", "controls", "patches", "decoder", "cancel", "score", "hidden"}
+        | {"seed"}
+    ),
+    "scripted": frozenset({"prefix", "cancel", "score", "seed"}),
+}
+"""By engine. A name means: ``prefix`` continue a response by its token ids, ``cancel`` really stop a row, ``seed`` the
+same tokens for the same key; the others are fields and requests of ``contracts``."""
+
+
+def needs(method: Any) -> dict[str, tuple[str, ...]]:
+    """``Card.needs`` by key, of ``method`` and of the methods in its fields."""
+    return {card.key: card.needs for card in _cards(method) if card.needs}
+
+
+def _cards(method: Any) -> Iterator[Card]:
+    card = getattr(sys.modules.get(type(method).__module__), "CARD", None)
+    if isinstance(card, Card):
+        yield card
+    if dataclasses.is_dataclass(method):
+        for field in dataclasses.fields(method):
+            yield from _cards(getattr(method, field.name))
+
+
+def used(request: Any) -> set[str]:
+    """What a request asks of an engine."""
+    if isinstance(request, Score):
+        found = {"score"}
+    elif isinstance(request, Hidden):
+        found = {"hidden"}
+    elif isinstance(request, Sample):
+        found = {name for name in ("controls", "patches") if getattr(request, name)} | set(request.want)
+        found |= {"decoder"} if request.decoder is not None else set()
+        found |= {"prefix"} if request.inject else set()
+    else:
+        return set()
+    found |= {"prefix"} if len(request.prefix) else set()
+    return found | ({"adapters"} if any(request.adapters.values()) else set())
+
+
+def check(method: Any, engine: Engine) -> None:
+    """Raise ThriftyError, before any work, where ``engine`` lacks what ``method`` needs by its card."""
+    for key, names in needs(method).items():
+        refuse(f"{key} needs", set(names), engine)
+
+
+def check_request(request: Any, engine: Engine) -> None:
+    """Raise ThriftyError where ``engine`` would ignore a part of ``request``: engines need not look."""
+    refuse(f"a {type(request).__name__} asks for", used(request), engine)
+
+
+def refuse(who: str, wanted: set[str], engine: Engine) -> None:
+    missing = sorted(wanted - engine.capabilities)
+    if not missing:
+        return
+    able = [name for name, has in CAPABILITIES.items() if wanted <= has] or ["none"]
+    raise ThriftyError(
+        f"{who} {', '.join(missing)}, which the engine {engine.name!r} has not; engines that can: {', '.join(able)}"
+    )
