@@ -352,6 +352,42 @@ def test_a_model_with_an_adapter_attached_runs_bare_unless_asked(tmp_path: Path)
     assert all(layer.scaling["default"] == 2.0 for layer in engine.batches["main"].reader.dial.layers["default"])
 
 
+def test_engines_on_one_model_keep_their_adapters_apart(tmp_path: Path) -> None:
+    folders = {"a": lora(tmp_path / "a", 1), "b": lora(tmp_path / "b", 2)}
+    one = tiny.loaded()
+    bare = Sample("2 + 2", temperature=0.0, max_tokens=20)
+    on = replace(bare, adapters={"valve": 1.0})
+    engines = {"none": LocalEngine(one)}
+    for name, folder in folders.items():
+        engines[name] = LocalEngine(one)
+        engines[name].add_adapter("valve", folder)
+    for _ in range(2):
+        for name in ("a", "b"):
+            [trace] = run(engines[name], [on])
+            assert trace.ids.tolist() == run(LocalEngine(scaled(folders[name], 1.0)), [bare])[0].ids.tolist()
+        assert run(engines["none"], [bare])[0].ids.tolist() == plain(tiny.loaded(), "2 + 2", 20)
+    assert plain(one, "2 + 2", 20) == plain(tiny.loaded(), "2 + 2", 20)
+    with pytest.raises(ThriftyError, match="has an adapter 'valve' already"):
+        engines["a"].add_adapter("valve", folders["b"])
+    with pytest.raises(ThriftyError, match=r"no adapter 'other' .*it has: valve"):
+        engines["a"].submit(0, replace(bare, adapters={"other": 1.0}), ())
+
+
+def test_a_model_in_training_is_left_as_it_was() -> None:
+    one = tiny.loaded()
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(one.model, config).train()
+    learning = [p.requires_grad for p in model.parameters()]
+    engine = LocalEngine(wrap(model, one.tokenizer))
+    ask = Sample("2 + 2", temperature=0.0, max_tokens=12, adapters={"default": 1.0})
+    first, second = run(engine, [ask, ask])
+    assert first.ids.tolist() == second.ids.tolist()  # no dropout
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == learning
+    assert model.active_adapters == ["default"]
+    model(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.sum().backward()
+
+
 # Controls and patches ------------------------------------------------------------------------------------
 
 
