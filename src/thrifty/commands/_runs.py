@@ -49,7 +49,7 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> bool:
                 f"{folder} holds a run with another configuration ({'; '.join(changed)}). "
                 "Choose another --name, or remove the folder"
             )
-        return (folder / "report.html").exists()
+        return (folder / "result.json").exists()
     if folder.exists() and any(entry.name != "config.yaml" for entry in folder.iterdir()):
         raise ThriftyError(f"{folder} exists and is no run of thrifty: choose another --name or --runs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,14 +72,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[float, float] | None, gold: bool) -> Path:
-    """Write traces.parquet, result.json and report.html from what a recipe or a measurement handed back."""
+def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[float, float] | None, gold: bool) -> None:
+    """Write traces.parquet and result.json from what a recipe or a measurement handed back."""
     from thrifty.lab import write_json
     from thrifty.measure import summarise
-    from thrifty.report.html import write_report
     from thrifty.traces import store
 
-    rows = (row for s in report.settings for row in store.rows_from(s.outcomes, s.name, s.alpha, ids=True))
+    grade = lab.task.grade if gold else None
+    rows = (r for s in report.settings for r in store.rows_from(s.outcomes, s.name, s.alpha, grade=grade, ids=True))
     store.write(lab.folder / "traces.parquet", rows)
     baseline = next(s for s in report.settings if s.name == report.baseline)
     result = {
@@ -103,11 +103,17 @@ def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[fl
     if report.line:
         result["line"] = {"long": report.line[0], "short": report.line[1]}
     write_json(lab.folder / "result.json", result)
-    return write_report(lab.folder)
 
 
 def show(folder: Path, as_json: bool) -> None:
-    """Print what a finished run found, and where its report is."""
+    """Print what a finished run found, and where its report is; write the report where it is missing."""
+    if not (folder / "report.html").exists():
+        from thrifty.report.html import write_report
+
+        try:
+            write_report(folder)
+        except ThriftyError as error:  # a light install draws no charts; the results stand all the same
+            click.echo(f"no report.html: {error}", err=True)
     result = json.loads((folder / "result.json").read_text("utf-8"))
     if as_json:
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
@@ -117,7 +123,8 @@ def show(folder: Path, as_json: bool) -> None:
     from thrifty.report.table import table
 
     Console().print(table(result))
-    click.echo(f"report: {folder / 'report.html'}")
+    page = folder / "report.html"
+    click.echo(f"report: {page}" if page.exists() else f"results: {folder / 'result.json'}")
 
 
 def interrupted(ctx: click.Context, folder: Path) -> None:
