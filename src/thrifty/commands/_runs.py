@@ -6,14 +6,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
-from thrifty.contracts import ThriftyError
+from thrifty.contracts import Outcome, ThriftyError
 
 if TYPE_CHECKING:
     from thrifty.lab import Lab, Report
@@ -90,6 +90,7 @@ def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[fl
         "seed": config["seed"],
         "settings": [
             summarise(s.outcomes, s.name, s.alpha, price, reference=None if gold else baseline.outcomes)
+            | ({"profile": _profile(s.outcomes)} if gold else {})
             for s in report.settings
         ],
         "baseline": report.baseline,
@@ -103,6 +104,20 @@ def publish(lab: Lab, config: Mapping[str, Any], report: Report, price: tuple[fl
     if report.line:
         result["line"] = {"long": report.line[0], "short": report.line[1]}
     write_json(lab.folder / "result.json", result)
+
+
+def _profile(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """The overthinking profile of the chosen chains whose problems have an answer."""
+    from thrifty.measure.profile import profile
+
+    told = [(o.chosen, o) for o in outcomes if o.chosen is not None and o.problem.answer is not None]
+    found = profile(
+        [trace.thought for trace, _ in told],
+        [str(o.problem.answer) for _, o in told],
+        [o.grade.right for _, o in told],
+        [trace.usage.thought for trace, _ in told],
+    )
+    return dataclasses.asdict(found)
 
 
 def show(folder: Path, as_json: bool) -> None:
