@@ -199,6 +199,22 @@ def test_one_split_of_a_hub_data_set_can_be_chosen(tmp_path: Path) -> None:
         tasks.load(f"hf:{folder}?split=validation")
 
 
+def test_of_several_configurations_main_is_taken_and_others_are_listed(tmp_path: Path) -> None:
+    card = (
+        "---\nconfigs:\n- config_name: {}\n  data_files: a.jsonl\n- config_name: socratic\n  data_files: b.jsonl\n---\n"
+    )
+    write_jsonl(tmp_path / "a.jsonl", sums(20))
+    write_jsonl(tmp_path / "b.jsonl", sums(30))
+    (tmp_path / "README.md").write_text(card.format("main"))
+    assert len(tasks.load(f"hf:{tmp_path}", split="test").problems("test", 99)) == 20
+    assert len(tasks.load(f"hf:{tmp_path}:socratic", split="test").problems("test", 99)) == 30
+    (tmp_path / "README.md").write_text(card.format("plain"))
+    with pytest.raises(ThriftyError, match=r"several configurations.*plain, socratic"):
+        tasks.load(f"hf:{tmp_path}")
+    with pytest.raises(ThriftyError, match="no configuration 'scratic'"):
+        tasks.load(f"hf:{tmp_path}:scratic")
+
+
 def test_a_mixture_takes_turns_and_grades_each_by_its_own_task(tmp_path: Path) -> None:
     mixture = tasks.load("roll+rg:chain_sum+" + write_jsonl(tmp_path / "a.jsonl", sums(50)))
     problems = mixture.problems("train", 12)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -104,15 +105,18 @@ def _load(path: str, config: str | None) -> dict[str, Any]:
             if Path(path).is_file():
                 raise ThriftyError(f"hf:{path} is a file, not a data set folder. Load it as file:{path}.")
             raise ThriftyError(f"hf:{path}: there is no such folder (looked from {Path.cwd()}). Check the path.")
-    else:
-        _go_offline_if_unreachable()
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if config is None:
-            config = _choose_config(datasets, path)
-        loaded = datasets.load_dataset(path, config)
+        with nullcontext() if _is_local(path) else _offline_if_unreachable():
+            try:
+                loaded = datasets.load_dataset(path, config)
+            except ValueError as error:
+                if config is not None or "Config name is missing" not in str(error):
+                    raise
+                config = _choose_config(datasets, path)
+                loaded = datasets.load_dataset(path, config)
     except ThriftyError:
         raise
     except Exception as error:
@@ -120,13 +124,11 @@ def _load(path: str, config: str | None) -> dict[str, Any]:
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _choose_config(datasets: Any, path: str) -> str | None:
+def _choose_config(datasets: Any, path: str) -> str:
+    """GSM8K's "main"; where there is none, the user has to choose."""
     configs = list(datasets.get_dataset_config_names(path))
-    if len(configs) <= 1:
-        return configs[0] if configs else None
-    for usual in ("main", "default"):
-        if usual in configs:
-            return usual
+    if "main" in configs:
+        return "main"
     raise ThriftyError(
         f"hf:{path} has several configurations. Choose one, as in hf:{path}:{configs[0]}. It has: {', '.join(configs)}."
     )
@@ -134,6 +136,8 @@ def _choose_config(datasets: Any, path: str) -> str | None:
 
 def _explain(path: str, config: str | None, error: Exception) -> ThriftyError:
     kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+    if "BuilderConfig" in text:
+        return ThriftyError(f"hf:{path} has no configuration {config!r}: {text}")
     if _is_local(path):
         return ThriftyError(f"hf:{path} cannot be loaded as a data set folder: {text}. Load one file with file:PATH.")
     if isinstance(error, ConnectionError) or "Offline" in kind or "offline" in text or "Couldn't reach" in text:
@@ -146,8 +150,6 @@ def _explain(path: str, config: str | None, error: Exception) -> ThriftyError:
             f"hf:{path} is not on the hub, or it is gated or private: {text}. Check the name at "
             "huggingface.co/datasets; for a gated one accept its terms and run: hf auth login"
         )
-    if "BuilderConfig" in text:
-        return ThriftyError(f"hf:{path} has no configuration {config!r}: {text}")
     if "script" in text:
         return ThriftyError(
             f"hf:{path} is made by a program of its own, which is not run. Use a copy in Parquet or JSONL: {text}"
@@ -155,12 +157,28 @@ def _explain(path: str, config: str | None, error: Exception) -> ThriftyError:
     return ThriftyError(f"hf:{path} cannot be loaded: {kind}: {text}")
 
 
-def _go_offline_if_unreachable() -> None:
-    """Without a name server the hub's client retries for 25 s; tell it before its import that it is offline."""
-    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Use only the local cache when the hub cannot be reached: its client would retry for 25 s before it says so."""
+    proxies = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if url.hostname is None or any(os.environ.get(name) for name in proxies):
+        yield
         return
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
     try:
-        socket.getaddrinfo(host, 443)
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
     except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        import datasets.config
+        import huggingface_hub.constants
+
+        settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+        before = [module.HF_HUB_OFFLINE for module in settings]
+        try:
+            for module in settings:
+                module.HF_HUB_OFFLINE = True
+            yield
+        finally:
+            for module, value in zip(settings, before):
+                module.HF_HUB_OFFLINE = value
+    else:
+        yield
