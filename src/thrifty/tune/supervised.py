@@ -156,7 +156,7 @@ def train(
         raise ThriftyError(
             "nothing to train: no weight of the model requires a gradient; attach an adapter or unfreeze"
         )
-    optimizer = torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in weights.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in weights.values() if p.ndim < 2], "weight_decay": 0.0},
