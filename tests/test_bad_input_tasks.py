@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from thrifty import tasks
 from thrifty.contracts import ThriftyError
@@ -389,3 +391,52 @@ def test_an_answerless_or_foreign_problem_is_refused_with_a_reason(tmp_path: Pat
     foreign = tasks.load(write(tmp_path / "a.jsonl", line(1)), split="test").problems("test", 1)[0]
     with pytest.raises(ThriftyError, match="not made by rg:chain_sum"):
         task.grade(foreign, "1")
+
+
+# ------------------------------------------------------------------------------------------------- fuzz
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(["question", "answer", "choices", "level", "solution", "prompt", "x"])
+
+
+def use(spec: str) -> None:
+    """Load and use a task as a run does; only a ``ThriftyError`` may come out."""
+    try:
+        task = tasks.load(spec, split="test")
+    except ThriftyError:
+        return
+    for problem in task.problems("test", 3):
+        problem.prompt.encode()
+        assert problem.prompt.strip()
+        assert not task.grade(problem, "").right
+        assert problem.answer is None or problem.answer.strip()
+        if problem.answer is None:
+            assert not task.grade(problem, "None").right
+
+
+ROWS = st.fixed_dictionaries({"question": st.text(max_size=5) | VALUES, "answer": VALUES}) | st.dictionaries(
+    NAMES, VALUES
+)
+
+
+@given(st.lists(ROWS, max_size=6), st.sampled_from(["jsonl", "json"]))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_are_used_or_refused_with_a_reason(tmp_path: Path, rows: list[dict[str, object]], suffix: str) -> None:
+    text = json.dumps(rows) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+    use(write(tmp_path / f"fuzz.{suffix}", text))
+
+
+@given(st.binary(max_size=200), st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet"]))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_used_or_refused_with_a_reason(tmp_path: Path, data: bytes, suffix: str) -> None:
+    use(write(tmp_path / f"fuzz.{suffix}", data))
+
+
+@given(st.text(alphabet='question,answer;"\n\r\t \ufeffé1', max_size=120))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_csv_is_used_or_refused_with_a_reason(tmp_path: Path, text: str) -> None:
+    use(write(tmp_path / "fuzz.csv", "question,answer\n" + text))
