@@ -7,9 +7,7 @@ from pathlib import Path
 
 from thrifty.contracts import ThriftyError
 
-KINDS = ("long", "short", "mixed", "base")
-SEEDS = (0, 1, 2)
-NAMES: tuple[str, ...] = tuple(kind if seed == 0 else f"{kind}-{seed}" for kind in KINDS for seed in SEEDS)
+NAMES: tuple[str, ...] = ("long", "long-1", "long-2", "short", "short-1", "short-2", "mixed", "base")
 """Every student; the bare name is training seed 0."""
 STUDENTS = Path(__file__).parent / "students"
 

@@ -15,8 +15,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ SHARES = {
     "string_splitting": 0.12, "string_synthesis": 0.03, "chain_sum": 0.05,
 }  # fmt: skip
 """Share of documents per family."""
+FOCUS = {"roll": 0.45, "string_splitting": 0.45, "chain_sum": 0.1}
+"""Shares of the last stage: the families whose chains are long enough to learn from what the budget had left."""
 WORDING_B = 0.12
 SLIP = 0.3
 LONGEST = 448
@@ -58,15 +60,21 @@ class Recipe:
     start: str = ""
     """The run of the same seed that it goes on from."""
     control: bool = False
+    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
 
+# The shipped weights come from these runs, with two departures: their warm-up was on two earlier drafts of the format
+# (a label per line, not per operation; 3 million tokens shared by all seeds, then 2 million more for seeds 0 and 1),
+# and tokens were cut where a seed was ready (long-1: 1.0, trunk-2: 3.8 million). See docs/students.md.
 MIXED = {"long": 0.4, "plain": 0.25, "short": 0.3, "direct": 0.05}
 RECIPES = {
     "warm": Recipe(MIXED, 5_000_000, 3e-3, control=True),
     "trunk": Recipe(MIXED, 3_300_000, 2.5e-3, "warm", control=True),
-    "long": Recipe({"long": 1.0}, 1_000_000, 1e-3, "trunk"),
+    "long": Recipe({"long": 1.0}, 2_200_000, 1e-3, "trunk"),
     "short": Recipe({"short": 1.0}, 600_000, 1e-3, "trunk"),
-    "base": Recipe({"direct": 1.0}, 400_000, 1e-3, "trunk"),
+    "base": Recipe({"direct": 1.0}, 300_000, 1e-3, "trunk"),
+    "long-focus": Recipe({"long": 1.0}, 900_000, 1e-3, "long", shares=FOCUS),
+    "short-focus": Recipe({"short": 1.0}, 400_000, 1e-3, "short", shares=FOCUS),
 }
 
 
@@ -100,7 +108,7 @@ class Writer:
         return [entry for question, entry in found.items() if spec.split_of(question) == "train"]
 
     def draw(self, recipe: Recipe, rng: random.Random) -> Document:
-        name = rng.choices(list(SHARES), list(SHARES.values()))[0]
+        name = rng.choices(list(recipe.shares), list(recipe.shares.values()))[0]
         written = rng.choices(list(recipe.styles), list(recipe.styles.values()))[0]
         wording: tracing.Wording = "B" if rng.random() < WORDING_B else "A"
         style = tracing.style(written, wording, SLIP if written == "long" else 0.0)
