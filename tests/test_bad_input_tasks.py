@@ -246,6 +246,10 @@ def test_csv_mistakes_are_named(tmp_path: Path) -> None:
     assert "quote" in message
 
 
+def test_two_csv_columns_of_one_name(tmp_path: Path) -> None:
+    assert "two columns called 'answer'" in error_of(write(tmp_path / "a.csv", "question,answer,answer\nq,1,2\n"))
+
+
 def test_csv_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
     text = 'Question;Answer;\r\n"a ""b""\r\nc?";1;\r\n\r\nd?;2;\r\n'
     task = tasks.load(write(tmp_path / "a.csv", text), split="test")

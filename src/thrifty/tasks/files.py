@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import re
-import string
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,78 +18,28 @@ import numpy as np
 
 from thrifty.contracts import Grade, Problem, Split, ThriftyError
 from thrifty.tasks import answers
+from thrifty.tasks.columns import Columns, find_columns, gold_text, question_text
+from thrifty.tasks.jsonrows import JsonArray, JsonLines, is_lines
 from thrifty.tasks.spec import (
     SPLITS,
     as_dataset,
     check_split,
     content_digest,
-    did_you_mean,
     level_of,
     shuffled,
     split_codes,
 )
-from thrifty.tasks.tables import Row, Table, open_table
+from thrifty.tasks.tables import BOM, Csv, Parquet, Row, Table
 
 if TYPE_CHECKING:
     import datasets
 
-QUESTION = ("question", "problem", "prompt", "input", "query", "instruction")
-ANSWER = (
-    "answer", "solution", "target", "output", "label", "gold",
-    "final_answer", "expected_answer", "correct_answer", "ground_truth", "answerkey", "response",
-)  # fmt: skip
-CHAIN = ("solution", "rationale", "reasoning", "chain", "explanation", "cot", "thought", "generated_solution")
-CHOICES = ("choices", "options")
-LEVEL = ("level", "difficulty")
 _QUICK: Mapping[str, Callable[[str], object]] = {
     # null and nan begin with n; a mark or tag needs reading
     answers.PLAIN: re.compile(r"[-+.$(0-9a-mo-zA-MO-Z][^\\<#\n]{0,99}").fullmatch,
     answers.GSM8K: lambda text: text[-1:].isdigit() and "####" in text and "</think>" not in text,
 }
 """Gold answers for which a glance shows that they can be read."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold what."""
-
-    question: str
-    answer: str | None
-    chain: str | None = None
-    choices: str | None = None
-    level: str | None = None
-
-
-def find_columns(name: str, found: Sequence[str], question: str | None, answer: str | None, gold: bool) -> Columns:
-    """Match a table's columns by name; a missing one raises ``ThriftyError`` that lists those found."""
-
-    def pick(named: str | None, candidates: tuple[str, ...], taken: tuple[str | None, ...] = ()) -> str | None:
-        if named is not None:
-            if named not in found:
-                raise ThriftyError(
-                    f"{name} has no column {named!r}. {did_you_mean(named, found)}Columns found: {', '.join(found)}."
-                )
-            return named
-        by_name = {column.casefold(): column for column in reversed(found) if column not in taken}
-        return next((by_name[candidate] for candidate in candidates if candidate in by_name), None)
-
-    columns = {"question": pick(question, QUESTION)}
-    columns["answer"] = pick(answer, ANSWER, (columns["question"],)) if gold else None
-    for role in ("question", "answer") if gold else ("question",):
-        if columns[role] is None:
-            names = ", ".join(QUESTION if role == "question" else ANSWER)
-            raise ThriftyError(
-                f"{name} has no {role} column. Columns found: {', '.join(found) or '(none)'}. Name it with "
-                f"?{role}=COLUMN (in Python: {role}='COLUMN'), or rename it to one of: {names}."
-            )
-    taken = (columns["question"], columns["answer"])
-    return Columns(
-        question=str(columns["question"]),
-        answer=columns["answer"],
-        chain=pick(None, CHAIN, taken) if gold else None,
-        choices=pick(None, CHOICES, taken),
-        level=pick(None, LEVEL, taken),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,55 +288,51 @@ class TableTask:
         return as_dataset(self, split, n, seed)
 
 
-def question_text(value: Any, choices: Any = None, name: str = "", row: int = 0) -> str | None:
-    """The text of a question: a text, a number, or messages whose user turn is taken; choices are lettered below."""
-    if value is None or value != value:
-        return None
-    if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
-        turns = [m["content"] for m in value if m.get("role", m.get("from")) in ("user", "human")]
-        value = turns[-1] if turns else None
-        if value is None:
-            return None
-    if isinstance(value, (int, float)):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ThriftyError(
-            f"{name}: the question in row {row} is {type(value).__name__}, not text. Name the text's column with "
-            "?question=COLUMN."
-        )
-    texts = choice_texts(choices)
-    return value + "".join(f"\n{letter}. {text}" for letter, text in texts.items()) if texts else value
-
-
-def choice_texts(choices: Any) -> dict[str, str]:
-    """Letter -> text of a multiple choice: a list (MMLU), or texts with labels (ARC)."""
-    if isinstance(choices, dict) and isinstance(choices.get("text"), (list, tuple)):
-        return {str(k): str(v) for k, v in zip(choices.get("label", string.ascii_uppercase), choices["text"])}
-    if isinstance(choices, dict) and all(len(str(key)) == 1 for key in choices):
-        return {str(key): str(value) for key, value in choices.items()}
-    return dict(zip(string.ascii_uppercase, map(str, choices))) if isinstance(choices, (list, tuple)) else {}
-
-
-def gold_text(value: Any, choices: Any = None) -> str | None:
-    """A gold answer as text; among choices its letter, whether given as letter, index or text."""
-    if value is None or value != value:
-        return None
-    texts = choice_texts(choices)
-    if texts and str(value) not in texts:
-        letters = list(texts)
-        if isinstance(value, int) and 0 <= value < len(letters):
-            return letters[value]
-        return next((letter for letter, text in texts.items() if text == str(value)), str(value))
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, (dict, list, tuple)):
-        return ", ".join(map(str, value)) if not isinstance(value, dict) and value else None
-    return str(value)
-
-
 def _clean(text: str) -> str:
     # Half a surrogate pair ("\ud83d" in JSON) cannot be written or tokenized.
     return text.encode("utf-8", "replace").decode() if not text.isascii() else text
+
+
+def open_table(path: Path) -> Table:
+    """The table in a file, by its suffix. Every mistake about the path is a ``ThriftyError`` with the remedy."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.casefold() in KINDS)
+        hint = f"Name one of its files: {', '.join(inside[:10])}." if inside else "It holds no data file."
+        raise ThriftyError(f"{path} is a directory, not a file. {hint} (A data set folder loads as hf:{path}.)")
+    if not path.exists():
+        near = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+        names = [p.name for p in near if p.suffix.casefold() in KINDS]
+        here = f"Its folder has: {', '.join(names[:10])}." if names else "Its folder has no data file either."
+        raise ThriftyError(f"{path} does not exist. {here} Check the path (it is relative to {Path.cwd()}).")
+    if not path.is_file():
+        raise ThriftyError(f"{path} is not a regular file; save the data to a file first.")
+    try:
+        if path.stat().st_size == 0:
+            raise ThriftyError(f"{path} is empty (0 bytes): write one problem a line, or check the export.")
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise ThriftyError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ThriftyError(f"{path} is UTF-16. Convert it: iconv -f utf-16 -t utf-8 {path.name} > fixed{path.suffix}")
+    if head[:2] == b"\x1f\x8b":
+        raise ThriftyError(f"{path} is compressed with gzip. Unpack it first: gunzip -k {path.name}")
+    suffix = path.suffix.casefold()
+    if suffix not in KINDS:
+        raise ThriftyError(f"{path}: unknown kind of file {suffix!r}; the suffix must be one of {', '.join(KINDS)}.")
+    if suffix == ".json" and head.removeprefix(BOM).lstrip()[:1] != b"[" and is_lines(path):
+        return JsonLines(path)
+    return KINDS[suffix](path)
+
+
+KINDS: dict[str, Any] = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": JsonArray,
+    ".csv": Csv,
+    ".tsv": Csv,
+    ".parquet": Parquet,
+}
 
 
 def file_task(
