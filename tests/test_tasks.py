@@ -149,6 +149,18 @@ def test_a_choice_is_shown_with_letters_and_graded_by_letter(tmp_path: Path) -> 
     assert not task.grade(problem, "The answer is (A).").right
 
 
+def test_a_chat_log_gives_the_user_s_turn_and_where_asked_the_assistant_s(tmp_path: Path) -> None:
+    chat = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2"},
+    ]
+    path = write_jsonl(tmp_path / "log.jsonl", [{"messages": chat}])
+    [logged] = tasks.load(path, gold=False, split="test").problems("test", 1)
+    [graded] = tasks.load(path, answer="messages", split="test").problems("test", 1)
+    assert (logged.prompt, logged.answer, graded.prompt, graded.answer) == ("1+1?", None, "1+1?", "2")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_every_kind_of_file_gives_the_same_problems(tmp_path: Path, suffix: str) -> None:
     import csv

@@ -10,7 +10,7 @@ from typing import Any
 from thrifty.contracts import ThriftyError
 from thrifty.tasks.spec import did_you_mean
 
-QUESTION = ("question", "problem", "prompt", "input", "query", "instruction")
+QUESTION = ("question", "problem", "prompt", "input", "query", "instruction", "messages")
 ANSWER = (
     "answer", "solution", "target", "output", "label", "gold",
     "final_answer", "expected_answer", "correct_answer", "ground_truth", "answerkey", "response",
@@ -67,9 +67,8 @@ def question_text(value: Any, choices: Any = None, name: str = "", row: int = 0)
     """The text of a question: a text, a number, or messages whose user turn is taken; choices are lettered below."""
     if value is None or value != value:
         return None
-    if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
-        turns = [m["content"] for m in value if m.get("role", m.get("from")) in ("user", "human")]
-        value = turns[-1] if turns else None
+    if _is_chat(value):
+        value = next((turn["content"] for turn in reversed(value) if turn.get("role") == "user"), None)
         if value is None:
             return None
     if isinstance(value, (int, float)):
@@ -96,6 +95,9 @@ def gold_text(value: Any, choices: Any = None) -> str | None:
     """A gold answer as text; among choices its letter, whether given as letter, index or text."""
     if value is None or value != value:
         return None
+    if _is_chat(value):
+        value = next((turn["content"] for turn in reversed(value) if turn.get("role") == "assistant"), None)
+        return None if value is None else str(value)
     texts = choice_texts(choices)
     if texts and str(value) not in texts:
         letters = list(texts)
@@ -107,3 +109,7 @@ def gold_text(value: Any, choices: Any = None) -> str | None:
     if isinstance(value, (dict, list, tuple)):
         return ", ".join(map(str, value)) if not isinstance(value, dict) and value else None
     return str(value)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "content" in m for m in value)
