@@ -169,9 +169,9 @@ class Lab:
         return self.once(stage, make) / "adapter"
 
     def training(self, steps: int, batch_size: int, lr: float | None) -> Train:
-        """The loop's settings; without ``lr`` 1e-4, or 2e-3 for students below 10 million parameters."""
+        """The loop's settings; without ``lr`` 1e-4, or 5e-4 for students below 10 million parameters."""
         if lr is None:
-            lr = 2e-3 if sum(p.numel() for p in self.loaded().model.parameters()) < 10_000_000 else 1e-4
+            lr = 5e-4 if sum(p.numel() for p in self.loaded().model.parameters()) < 10_000_000 else 1e-4
         return Train(steps=steps, batch_size=batch_size, lr=lr, seed=self.seed, save_every=25)
 
     def stage(self, name: str) -> Path:

@@ -58,10 +58,10 @@ class CotValve:
         default=(0, 0.25, 0.5, 0.75, 1), metadata={"help": "strengths at which MixChain is sampled"}
     )
     train_n: int = field(default=1000, metadata={"help": "training problems"})
-    steps: int = field(default=120, metadata={"help": "optimiser steps per LoRA"})
+    steps: int = field(default=40, metadata={"help": "optimiser steps per LoRA"})
     batch_size: int = field(default=64, metadata={"help": "chains per step"})
     rank: int = field(default=8, metadata={"help": "LoRA rank"})
-    lr: float | None = field(default=None, metadata={"help": "learning rate; none: 1e-4, 2e-3 below 10 M parameters"})
+    lr: float | None = field(default=None, metadata={"help": "learning rate; none: 1e-4, 5e-4 below 10 M parameters"})
     temperature: float = field(default=0.7, metadata={"help": "sampling temperature"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus mass"})
     margin: float = field(default=0.03, metadata={"help": "accuracy that may be lost, for the verdicts"})
