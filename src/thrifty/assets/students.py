@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/students"), help="where checkpoints stand")
     parser.add_argument("--export", type=Path, help="write the finished student to this folder")
     parser.add_argument("--card", action="store_true", help="measure the shipped students and write their cards")
-    parser.add_argument("--n", type=int, default=200, help="problems of roll on the card, twice those of other tasks")
+    parser.add_argument("--n", type=int, default=80, help="problems of roll on the card; half as many of other tasks")
     parser.add_argument("--docs", type=Path, help="also write the figures of all students to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
