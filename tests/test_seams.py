@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 import tiny
-from thrifty.contracts import All, Card, First, Hidden, Problem, Sample, Score, ThriftyError, Trace, Usage
+from thrifty.contracts import All, Budget, Card, First, Hidden, Problem, Sample, Score, ThriftyError, Trace, Usage
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
@@ -91,6 +91,19 @@ def test_things_side_by_side_can_lose_a_race():
     [[(index, [trace])]] = asks.heard
     assert (index, len(trace.ids)) == (0, 4)
     assert engine.generated < 20
+
+
+def test_a_budget_too_small_to_share_ends_a_strategy_that_asks_for_ever():
+    @dataclass(frozen=True)
+    class Greedy:
+        def solve(self, problem, rng):
+            while True:
+                yield All([Sample("short", n=2), Sample("short")])
+
+    Greedy.__module__ = "thrifty.contracts"
+    [outcome] = Runner(ScriptedEngine(script), budget=Budget(tokens=15)).solve(Greedy(), PROBLEMS[:1])
+    assert outcome.chosen is None
+    assert 0 < outcome.usage.generated <= 15
 
 
 def test_unknown_counts_are_marked_and_add_up():

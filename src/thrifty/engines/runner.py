@@ -61,6 +61,8 @@ class _Job:
         self.root = _TalkNode(self, (), runner.budget.tokens, self._root_done, strategy.solve(problem, rng))
 
     def _root_done(self, value: Any) -> None:
+        if value is _GONE:  # its caller was cancelled
+            value = None
         if value is not None and not isinstance(value, Trace):
             raise TypeError(f"a strategy must return a Trace or None, not {type(value).__name__}")
         self.settled, self.chosen = True, value
@@ -280,8 +282,8 @@ class _TalkNode(_Node):
             else:
                 try:
                     self.job.check()
-                    if self.allowance is not None and self.allowance <= 0:
-                        raise OutOfBudget("the problem's tokens are spent")
+                    if self.allowance is not None and self.allowance < max(1, _least(request)):
+                        raise OutOfBudget(f"{self.allowance} tokens are left, too few for a token per row")
                 except OutOfBudget as spent:
                     error = spent
                     continue
@@ -318,6 +320,15 @@ class _TalkNode(_Node):
             current.over = True  # its rows still come back to be counted, but nobody listens
             current.cap(0)
         self.done(_GONE)
+
+
+def _least(item: Any) -> int:
+    """Tokens below which an even share leaves some row with none: it could ask for ever without spending anything."""
+    if isinstance(item, Sample):
+        return item.n
+    if isinstance(item, All | First):
+        return len(item.items) * max(map(_least, item.items), default=0)
+    return 0 if isinstance(item, Score | Hidden) else 1
 
 
 def _node(job: _Job, path: tuple[int, ...], allowance: int | None, done: Done, item: Any) -> _Node:
