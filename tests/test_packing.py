@@ -96,7 +96,7 @@ def step_gradient(model, docs, layout):
         object.__setattr__(batch, "total", total)
         dialled = strengths(model, {"valve": batch.strengths}) if batch.strengths is not None else strengths(model, {})
         with dialled:
-            loss, _ = NLL().loss(model, batch, 0)
+            loss, _ = NLL().loss(model, batch, 0, {})
             loss.backward()
         loss_sum += loss.item()
     return loss_sum, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])

@@ -130,9 +130,13 @@ def test_a_plan_says_tokens_time_and_disk_and_writes_nothing(model: str, tmp_pat
 
 def test_every_variant_of_tuning_runs(model: str, tmp_path: Path) -> None:
     # A random model is never right, so MixChain has no chains of its own; the message must say so.
-    told = refused("run", "cot-valve", "--model", model, "--runs", tmp_path, *SMALL, *TRAIN, "--tuning", "++")
+    told = refused(
+        "run", "cot-valve", "--model", model, "--runs", tmp_path, *SMALL, *TRAIN, "--name", "a", "--tuning", "++"
+    )
     assert "MixChain is empty" in told
-    told = refused("run", "cot-valve", "--model", model, "--runs", tmp_path, *SMALL, "--short-from", "compress")
+    told = refused(
+        "run", "cot-valve", "--model", model, "--runs", tmp_path, *SMALL, "--name", "b", "--short-from", "compress"
+    )
     assert "solved none of the training problems" in told
 
 
@@ -185,7 +189,7 @@ def test_measure_compares_strategies_and_counts_money(model: str, tmp_path: Path
     assert result.exit_code == 0, result.output
     one, three = json.loads((tmp_path / "m" / "result.json").read_text("utf-8"))["settings"]
     assert three["calls"] == 3 * one["calls"]
-    assert three["thought_tokens"] > 2 * one["thought_tokens"]
+    assert three["answer_tokens"] > 2 * one["answer_tokens"]
     assert 0 < one["money"] < three["money"]
 
 

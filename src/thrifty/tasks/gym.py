@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import hashlib
 import itertools
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ import numpy as np
 
 from thrifty.contracts import Grade, Problem, Split, ThriftyError
 from thrifty.tasks import answers, worker
+from thrifty.tasks.gymchains import GYM_CONFIG, gym_chain
 from thrifty.tasks.spec import as_dataset, check_split, content_key, did_you_mean, split_codes
+from thrifty.tasks.tracing import PLAIN, text_of
 
 if TYPE_CHECKING:
     import datasets
@@ -76,14 +79,17 @@ def typed(value: str) -> Any:
 
 
 class GymTask:
-    """``rg:NAME``. One level, 0; ``meta["source"]`` says how to make the problem again."""
+    """``rg:NAME``. One level, 0; ``meta["source"]`` says how to make the problem again.
+
+    Data sets of the students' mixture have their settings by default, and reference chains in ``meta["chain"]``.
+    """
 
     levels: tuple[int, ...] = (0,)
 
     def __init__(self, name: str, dataset: str, config: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self.dataset = dataset
-        self.config = dict(config or {})
+        self.config = {**GYM_CONFIG.get(dataset, {}), **(config or {})}
         golds = [str(entry["answer"]) for entry in self._first(12)]
         numbers = [answers.number(gold) is not None for gold in golds]
         self.numeric = all(numbers)
@@ -126,12 +132,13 @@ class GymTask:
                 continue
             idle = 0
             gold = entry["answer"]
+            steps = gym_chain(self.dataset, entry, PLAIN, random.Random(0))
             found[key] = Problem(
                 id=f"{self.name}/{key:016x}",
                 prompt=question,
                 answer=None if gold is None else str(gold),
                 task=self.name,
-                meta={"source": source},
+                meta={"source": source} | ({"chain": text_of(steps)} if steps else {}),
             )
         if not found and n > 0:
             raise ThriftyError(f"{self.name} made no problem for split {split!r}: loosen its settings.")

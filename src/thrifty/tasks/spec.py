@@ -27,7 +27,7 @@ FRACTIONS: Mapping[str, float] = {"train": 0.6, "calibration": 0.1, "dev": 0.1, 
 """The share of questions in each split."""
 
 EMBEDDED: Mapping[str, str] = {
-    "roll": "a running value through 2-12 operations, mod 10 or 31",
+    "roll": "a running value mod 10 through 3-7 operations",
     "search": "reach a target from numbers: depth-first with dead ends",
     "list": "operations on a fixed-width list",
     "bool": "evaluate a Boolean expression",
