@@ -128,16 +128,42 @@ def test_a_plan_says_tokens_time_and_disk_and_writes_nothing(model: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_every_variant_of_tuning_runs(model: str, tmp_path: Path) -> None:
-    # A random model is never right, so MixChain has no chains of its own; the message must say so.
-    told = refused(
-        "run", "cot-valve", "--model", model, "--runs", tmp_path, *SMALL, *TRAIN, "--name", "a", "--tuning", "++"
-    )
-    assert "MixChain is empty" in told
-    told = refused(
-        "run", "cot-valve", "--model", model, "--runs", tmp_path, *SMALL, "--name", "b", "--short-from", "compress"
-    )
+STUDENT = ("--model", "long", "--n", "8", "--train-n", "24", "--steps", "3", "--batch-size", "16")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cot-valve", "--short-from", "compress"),
+        pytest.param(("cot-valve", "--short-from", "short"), marks=pytest.mark.slow),
+        ("cot-valve", "--tuning", "++"),
+        pytest.param(("cot-valve", "--tuning", "+p"), marks=pytest.mark.slow),
+        pytest.param(
+            ("cot-valve", "--tuning", "++", "--mixchain", "z", "--short-from", "short"), marks=pytest.mark.slow
+        ),
+        ("c3ot",),
+    ],
+    ids=" ".join,
+)
+def test_every_way_to_shorten_runs_on_a_student(words: tuple[str, ...], tmp_path: Path) -> None:
+    result = thrifty("run", *words, *STUDENT, "--runs", tmp_path, "--name", "s")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "s" / "result.json").read_text("utf-8"))["settings"]
+    assert settings[0]["accuracy"] > 0.5
+    assert len({s["thought_tokens"] for s in settings}) > 2  # the trained weights do something
+    log = [json.loads(line)["loss"] for line in next(tmp_path.glob("s/stages/*/train.jsonl")).open()]
+    assert len(log) == 3
+
+
+def test_chains_that_nobody_got_right_are_no_lesson(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "hard.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i}?", "answer": "never"}) for i in range(99)))
+    words = ("--model", model, "--task", f"file:{path}", "--runs", tmp_path, *SMALL, "--train-n", "8")
+    assert "MixChain is empty" in refused("run", "cot-valve", *words, "--name", "a", "--tuning", "++", "--mixchain", "z",
+                                          "--short-from", model)  # fmt: skip
+    told = refused("run", "cot-valve", *words, "--name", "b", "--short-from", "compress")
     assert "solved none of the training problems" in told
+    assert "no reference chains" in refused("run", "cot-valve", *words, "--name", "c")
 
 
 @pytest.mark.parametrize(

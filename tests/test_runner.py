@@ -132,7 +132,7 @@ def test_first_over_talks_is_decided_by_tokens_not_by_arrival(batch):
 
     def talk(prompt, label):
         yield Sample(prompt)
-        [trace] = yield Sample(prompt)
+        yield Sample(prompt)
         return label
 
     seen = []
