@@ -159,8 +159,8 @@ def test_chains_that_nobody_got_right_are_no_lesson(model: str, tmp_path: Path) 
     path = tmp_path / "hard.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"{i}?", "answer": "never"}) for i in range(99)))
     words = ("--model", model, "--task", f"file:{path}", "--runs", tmp_path, *SMALL, "--train-n", "8")
-    assert "MixChain is empty" in refused("run", "cot-valve", *words, "--name", "a", "--tuning", "++", "--mixchain", "z",
-                                          "--short-from", model)  # fmt: skip
+    mixed = ("--tuning", "++", "--mixchain", "z", "--short-from", model)
+    assert "MixChain is empty" in refused("run", "cot-valve", *words, "--name", "a", *mixed)
     told = refused("run", "cot-valve", *words, "--name", "b", "--short-from", "compress")
     assert "solved none of the training problems" in told
     assert "no reference chains" in refused("run", "cot-valve", *words, "--name", "c")
