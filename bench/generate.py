@@ -53,8 +53,8 @@ def with_engine(loaded: Loaded, prompts: list[str], lengths: np.ndarray, batch_s
         for j in range(samples):
             engine.submit(i * samples + j, Sample(prompt, max_tokens=int(lengths[i, j])), (i, j))
     made = 0
-    while replies := engine.poll():
-        made += sum(len(trace.ids) for _, trace in replies)
+    while engine.busy:
+        made += sum(len(trace.ids) for _, trace in engine.poll())
     assert made == lengths.sum(), (made, lengths.sum())
     return clock() - started
 

@@ -33,8 +33,8 @@ def run(engine: LocalEngine, requests: list[Any], keys: list[Any] | None = None)
     for ticket, request in enumerate(requests):
         engine.submit(ticket, request, tuple(keys[ticket]) if keys else (ticket,))
     answers: dict[int, Any] = {}
-    while replies := engine.poll():
-        answers.update(replies)
+    while engine.busy:
+        answers.update(engine.poll())
     assert sorted(answers) == list(range(len(requests)))
     return [answers[i] for i in range(len(requests))]
 
@@ -228,8 +228,8 @@ def test_limit_ends_rows_where_it_says(loaded: Loaded) -> None:
     engine.limit(1, 2)  # has three already
     engine.limit(2, 7)
     engine.limit(3, 0)  # still waiting
-    while replies := engine.poll():
-        answers.update(replies)
+    while engine.busy:
+        answers.update(engine.poll())
     assert [answers[i].finish for i in range(5)] == ["length", "cancelled", "cancelled", "cancelled", "length"]
     assert [len(answers[i].ids) for i in range(5)] == [3, 3, 7, 0, 40]
     assert answers[3].usage.generated == answers[3].usage.prompt == answers[3].usage.calls == 0
@@ -282,8 +282,8 @@ def test_a_score_amid_decoding_leaves_the_rows_alone(loaded: Loaded) -> None:
         engine.submit(ticket, ask, (ticket,))
     answers = dict(engine.poll())
     engine.submit(99, Score("a prompt that is new and rather long", ("one", "two", "three")), ())
-    while replies := engine.poll():
-        answers.update(replies)
+    while engine.busy:
+        answers.update(engine.poll())
     assert len(answers.pop(99).values) == 3
     assert [answers[i].ids.tolist() for i in range(len(asks))] == [t.ids.tolist() for t in alone]
 
@@ -558,3 +558,15 @@ def test_a_prefilled_prompt_counts_its_chain_as_thought() -> None:
 
 def test_everything_is_a_trace(loaded: Loaded) -> None:
     assert all(isinstance(t, Trace) for t in run(LocalEngine(loaded), mixed_requests()))
+
+
+def test_a_poll_is_a_slice_so_that_a_limit_gets_through(loaded: Loaded) -> None:
+    engine = LocalEngine(replace(loaded, eos=frozenset()))
+    engine.submit(0, Sample("2 + 2", temperature=1.0, max_tokens=300), (0,))
+    assert engine.poll() == []
+    engine.limit(0, 1)
+    answers: dict[int, Any] = {}
+    while engine.busy:
+        answers.update(engine.poll())
+    assert answers[0].finish == "cancelled"
+    assert len(answers[0].ids) < 50

@@ -56,10 +56,9 @@ def test_tokens_in_traces_are_positions_seen_less_reading_and_padding(
         for ticket in [t for t, (when, _) in limits.items() if when == polls and t not in answers]:
             engine.limit(ticket, limits[ticket][1])
         polls += 1
-        replies = engine.poll()
-        if not replies:
+        answers.update(engine.poll())
+        if not engine.busy:
             break
-        answers.update(replies)
     assert len(answers) == len(rows) + len(scores)
     traces = [a for a in answers.values() if isinstance(a, Trace)]
     scored = [a for a in answers.values() if isinstance(a, Scores)]
@@ -154,8 +153,8 @@ def test_no_forward_carries_a_dead_row(size: int) -> None:
     engine = LocalEngine(replace(LOADED, eos=frozenset()), batch_size=size)
     for ticket in range(6):
         engine.submit(ticket, Sample("x", max_tokens=1 + 5 * ticket, temperature=1.0), (ticket,))
-    while engine.poll():
-        pass
+    while engine.busy:
+        engine.poll()
     total = engine.meter.total()
     assert total.padding == 0
     assert total.positions - total.prefill == sum(1 + 5 * ticket for ticket in range(6))

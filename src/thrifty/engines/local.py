@@ -33,6 +33,9 @@ from thrifty.engines.meter import Meter
 from thrifty.engines.reader import ScoreRow
 from thrifty.models.load import Loaded
 
+SLICE = 16
+"""Decoding steps per poll."""
+
 
 class LocalEngine:
     """Runs ``loaded`` (one model, or several by role) on its own device. Implements ``contracts.Engine``.
@@ -128,16 +131,16 @@ class LocalEngine:
             self._decoders.add(row)
 
     def poll(self) -> list[tuple[int, Trace | Scores]]:
-        """Decode until at least one row has ended; all that have, empty when nothing is queued."""
+        """At most ``SLICE`` steps, fewer where a row ends: limits and cancellations get through between slices."""
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             for adapters in self._adapters.values():
                 stack.enter_context(adapters.on())
             done = [reply for batch in self.batches.values() for reply in self._scored(batch)]
-            while True:
+            for _ in range(SLICE):
                 for batch in self.batches.values():
                     self._ended += batch.ended
                     batch.ended = []
-                if self._ended or done or not self._busy:
+                if self._ended or done or not self.busy:
                     break
                 self._ended += self._decoders.advance()
                 for batch in self.batches.values():
@@ -174,7 +177,7 @@ class LocalEngine:
 
     def reset(self) -> None:
         """Forget what ended rows left: call it when weights or adapters were changed from outside."""
-        if self._busy:
+        if self.busy:
             raise ThriftyError("rows are under way: poll until they have ended before the weights change")
         for batch in self.batches.values():
             batch.reader.reset()
@@ -184,8 +187,10 @@ class LocalEngine:
     # Inside ----------------------------------------------------------------------------------------------
 
     @property
-    def _busy(self) -> bool:
-        return self._decoders.busy or any(batch.busy for batch in self.batches.values())
+    def busy(self) -> bool:
+        """Whether a row is under way, or has ended and was not handed out yet."""
+        rows = any(batch.busy or batch.ended for batch in self.batches.values())
+        return bool(rows or self._ended or self._decoders.busy)
 
     def _batch(self, role: str) -> Batch:
         if role not in self.batches:
