@@ -59,6 +59,19 @@ def open_folder(folder: Path, config: Mapping[str, Any]) -> bool:
     return False
 
 
+def lab(folder: Path, config: Mapping[str, Any], quiet: bool, gold: bool = True) -> Lab:
+    """The lab of a configuration, its model loaded: a wrong name is told before any work."""
+    from thrifty import tasks
+    from thrifty.lab import Lab
+    from thrifty.progress import Progress
+
+    task = tasks.load(config["task"], question=config["question"], answer=config["answer"], gold=gold)
+    keys = ("model", "n", "seed", "batch_size", "max_tokens", "device", "dtype")
+    made = Lab(folder=folder, task=task, progress=Progress(quiet), **{key: config[key] for key in keys})
+    made.loaded()
+    return made
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration of an earlier run, to run it again."""
     try:

@@ -53,7 +53,7 @@ def main(ctx: click.Context, as_json: bool, price: str | None, name: str | None,
     config["adapter"] = str(options["adapter"]) if options["adapter"] else None
     name = name or _runs.name_of("measure", config["model"], config["task"], *config["strategies"], str(config["seed"]))
     folder = Path(runs) / name
-    lab = _lab(folder, config, quiet=as_json)
+    lab = _runs.lab(folder, config, as_json, gold=not config["no_gold"])
     _runs.open_folder(folder, config)
     try:
         report = _measure(lab, config, chosen)
@@ -96,15 +96,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise ThriftyError(f"--alpha needs a number, not {text!r}") from None
-
-
-def _lab(folder: Path, config: dict[str, Any], quiet: bool) -> Any:
-    from thrifty import tasks
-    from thrifty.lab import Lab
-    from thrifty.progress import Progress
-
-    task = tasks.load(config["task"], question=config["question"], answer=config["answer"], gold=not config["no_gold"])
-    keys = ("model", "n", "seed", "batch_size", "max_tokens", "device", "dtype")
-    lab = Lab(folder=folder, task=task, progress=Progress(quiet), **{key: config[key] for key in keys})
-    lab.loaded()
-    return lab

@@ -11,8 +11,6 @@ from thrifty import registry
 from thrifty.commands import _fields, _runs
 from thrifty.contracts import ThriftyError
 
-OWN = ("recipe", "model", "task", "n", "seed", "batch_size", "max_tokens", "device", "dtype", "fields")
-
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.argument("recipe")
@@ -53,7 +51,7 @@ def main(
 
     name = name or _runs.name_of(config["recipe"], config["model"], config["task"], str(config["seed"]))
     folder = Path(runs) / name
-    lab = _lab(folder, config, quiet=as_json)
+    lab = _runs.lab(folder, config, as_json)
     if plan:
         from thrifty.commands._plan import estimate
 
@@ -86,15 +84,3 @@ def _recipe(key: str) -> type:
         remedy = "use `thrifty measure --strategy`" if method.family == "solve.search" else "use it from Python"
         raise ThriftyError(f"{key} is of family {method.family}, not a recipe: {remedy}")
     return registry.load(key)
-
-
-def _lab(folder: Path, config: dict[str, Any], quiet: bool) -> Any:
-    from thrifty import tasks
-    from thrifty.lab import Lab
-    from thrifty.progress import Progress
-
-    task = tasks.load(config["task"], question=config["question"], answer=config["answer"])
-    keys = ("model", "n", "seed", "batch_size", "max_tokens", "device", "dtype")
-    lab = Lab(folder=folder, task=task, progress=Progress(quiet), **{key: config[key] for key in keys})
-    lab.loaded()  # a wrong model is told before any work
-    return lab
