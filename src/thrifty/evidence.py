@@ -163,7 +163,8 @@ def source_hash(path: Path) -> str:
 
 def _files(path: Path) -> list[Path]:
     names = re.findall(r"^\s*from (thrifty\.[\w.]+) import", path.read_text("utf-8"), re.MULTILINE)
-    files = sorted({PACKAGE.parent / f"{name.replace('.', '/')}.py" for name in names} - {path})
+    places = [PACKAGE.parent / name.replace(".", "/") for name in names]
+    files = sorted({p / "__init__.py" if p.is_dir() else p.with_suffix(".py") for p in places} - {path})
     return [path, *(p for p in files if p.is_file() and p.parent not in LAB and p.parent != PACKAGE)]
 
 
@@ -240,29 +241,40 @@ class Standing:
     """The confirm run that counts."""
 
 
+def counts(run: Mapping[str, Any]) -> bool:
+    """Whether a run is registered: of a committed file, at scale tiny or gpu, and brought to its end."""
+    return bool(run.get("commit")) and run.get("scale") in ("tiny", "gpu") and not run.get("error")
+
+
 def standing(path: Path, runs: Sequence[Mapping[str, Any]]) -> Standing:
     """Built, stale, or the verdict of the first registered confirm run of this code, if its controls bear it out.
 
-    A run is registered when it was of a committed file and at scale tiny or gpu. *Shown* needs the family's placebo run
-    to have failed, *refuted* its oracle run to have held.
+    *Shown* needs the family's placebo run to have failed, *refuted* its oracle run to have held.
     """
-    counted = [r for r in runs if r.get("commit") and r.get("scale") in ("tiny", "gpu") and not r.get("error")]
+    counted = [r for r in runs if counts(r)]
     if not counted:
         return Standing("built")
     source = source_hash(path)  # parsing two hundred files would take longer than `thrifty list` may
     code = next((r["code"] for r in counted if r["source"] == source), None) or code_hash(path)
-    mine = [r for r in counted if r["code"] == code]
-    scale = max((r["scale"] for r in mine if not r["control"]), key=SCALES.index, default="")
-    mine = [r for r in mine if r["scale"] == scale]
-    run = next((r for r in mine if not r["control"]), None)
-    if run is None:
-        return Standing("stale", why="the method's code has changed since it was run")
-    first = {control: next((r for r in mine if r["control"] == control), None) for control in CONTROLS}
+    found = judged([r for r in counted if r["code"] == code])
+    return found if found.run is not None else Standing("stale", why="the method's code has changed since it was run")
+
+
+def judged(runs: Sequence[Mapping[str, Any]]) -> Standing:
+    """By runs that count, all of one code: the first of the largest scale has the verdict, if its controls allow it."""
+    scale = max((r["scale"] for r in runs if not r["control"]), key=SCALES.index, default="")
+    first: dict[str | None, Mapping[str, Any]] = {}
+    for r in runs:
+        if r["scale"] == scale:
+            first.setdefault(r["control"], r)
+    if None not in first:
+        return Standing("built")
+    run, told = first[None], {control: r["verdict"] for control, r in first.items()}
     needed, verdict = run["controls"], run["verdict"]
-    if first["placebo"] is not None and first["placebo"]["verdict"] == "shown":
+    if told.get("placebo") == "shown":
         return Standing("not carried", scale, "its placebo holds as well", run)
-    if verdict == "shown" and "placebo" in needed and first["placebo"] is None:
+    if verdict == "shown" and "placebo" in needed and "placebo" not in told:
         return Standing("inconclusive", scale, "its placebo has not been run", run)
-    if verdict == "refuted" and "oracle" in needed and (first["oracle"] or {}).get("verdict") != "shown":
+    if verdict == "refuted" and "oracle" in needed and told.get("oracle") != "shown":
         return Standing("inconclusive", scale, "its oracle does not hold, or has not been run", run)
     return Standing(verdict, scale, run.get("why", ""), run)

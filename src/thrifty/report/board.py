@@ -21,8 +21,6 @@ from thrifty.report import records, theme, viewer
 from thrifty.report.html import _environment, _resource, _script
 from thrifty.report.records import ARMS, AXES, Record
 
-COUNTED = ("tiny", "gpu")
-"""Scales at which a run can count."""
 ELSEWHERE = "elsewhere"
 """The family of a method whose records do not say it."""
 
@@ -128,7 +126,7 @@ def _method(entry: Entry, headline: str | None, rows: Sequence[Record]) -> dict[
 def _stranger(key: str, rows: Sequence[Record]) -> dict[str, Any]:
     """A method that only somebody else's results know. Its code is not here, so nothing says whether it is current."""
     told = {name: r.row[name] for r in rows for name in ("family", "title") if r.row.get(name)}
-    counted = [r.row for r in rows if _counts(r.row)]
+    counted = [r.row for r in rows if evidence.counts(r.row)]
     of_code = [r for r in counted if r["code"] == counted[-1]["code"]] if counted else []
     return {
         "key": key,
@@ -141,7 +139,7 @@ def _stranger(key: str, rows: Sequence[Record]) -> dict[str, Any]:
         "file": None,
         "within": None,
         "headline": None,
-        **_evidence(_judged(of_code), None, rows),
+        **_evidence(evidence.judged(of_code), None, rows),
     }
 
 
@@ -150,24 +148,6 @@ def _standing(path: Path, rows: Sequence[Record]) -> Standing:
     own, brought = ([r.row for r in rows if r.added == added] for added in (False, True))
     standing, theirs = evidence.standing(path, own), evidence.standing(path, brought)
     return theirs if standing.run is None and theirs.run is not None else standing
-
-
-def _judged(rows: Sequence[Mapping[str, Any]]) -> Standing:
-    """As the runs of one code have it, without their code: a verdict that lacks its control is not taken over."""
-    run = next((r for r in rows if not r["control"]), None)
-    if run is None:
-        return Standing("built")
-    needed = {"shown": "placebo", "refuted": "oracle"}.get(run["verdict"])
-    done = {r["control"]: r["verdict"] == "shown" for r in reversed(rows) if r["control"]}
-    if done.get("placebo"):
-        return Standing("not carried", run["scale"], "its placebo holds as well", run)
-    if needed in run["controls"] and done.get(needed) is not (needed == "oracle"):
-        return Standing("inconclusive", run["scale"], f"its {needed} is not on record, or does not bear it out", run)
-    return Standing(run["verdict"], run["scale"], run.get("why", ""), run)
-
-
-def _counts(row: Mapping[str, Any]) -> bool:
-    return bool(row.get("commit")) and row["scale"] in COUNTED and not row.get("error")
 
 
 def _evidence(standing: Standing | None, claim: Claim | None, rows: Sequence[Record]) -> dict[str, Any]:
@@ -192,7 +172,7 @@ def _evidence(standing: Standing | None, claim: Claim | None, rows: Sequence[Rec
 def _latest(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The run to draw where none counts: of the largest scale, the last one. The page marks it."""
     done = [r for r in rows if not r.get("error") and not r["control"]]
-    order = ("smoke", "dev", *COUNTED)
+    order = ("smoke", "dev", "tiny", "gpu")
     return max(enumerate(done), key=lambda pair: (order.index(pair[1]["scale"]), pair[0]), default=(0, None))[1]
 
 
