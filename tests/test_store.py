@@ -91,8 +91,8 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"question": ["1 + 4"], "setting": ["s"]}), tmp_path / "other.parquet")
     with pytest.raises(ThriftyError, match=r"no column alpha, problem.*it has question, setting"):
         read(tmp_path / "other.parquet")
-    with pytest.raises(ThriftyError, match="cannot write the traces"):
-        write(tmp_path / "missing" / "t.parquet", [])
+    with pytest.raises(ThriftyError, match=r"text.parquet.t.parquet: cannot be written"):
+        write(tmp_path / "text.parquet" / "t.parquet", [])
 
 
 def test_a_file_cut_short_or_damaged_is_named(tmp_path: Path) -> None:

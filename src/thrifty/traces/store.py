@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thrifty.contracts import Grade, Outcome, Problem, ThriftyError, Trace
+from thrifty.files import aside
 
 ROW_GROUP = 2048
 
@@ -107,23 +107,14 @@ def rows_from(
 def write(path: str | Path, rows: Iterable[TraceRow]) -> int:
     """Write rows in row groups, streaming; returns how many. The file appears whole or not at all.
 
-    Raises ThriftyError where the folder is missing or the disk is full; nothing is left behind then.
+    Raises ThriftyError where the folder cannot be made or the disk is full; nothing is left behind then.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written = 0
-    iterator = iter(rows)
-    try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            while batch := list(islice(iterator, ROW_GROUP)):
-                columns = {name: [getattr(row, name) for row in batch] for name in _NAMES}
-                writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), row_group_size=ROW_GROUP)
-                written += len(batch)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ThriftyError(f"{path}: cannot write the traces: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    written, iterator = 0, iter(rows)
+    with aside(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        while batch := list(islice(iterator, ROW_GROUP)):
+            columns = {name: [getattr(row, name) for row in batch] for name in _NAMES}
+            writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), row_group_size=ROW_GROUP)
+            written += len(batch)
     return written
 
 
