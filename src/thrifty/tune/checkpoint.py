@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thrifty.contracts import ThriftyError
+from thrifty.files import write_text
 
 
 def save(root: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
@@ -87,13 +88,24 @@ def disk(path: Path) -> Iterator[None]:
 
 def trim(log: Path, done: int) -> list[dict[str, float]]:
     """Start or shorten the log to its first ``done`` steps: a killed run logs beyond its checkpoint."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     text = log.read_text(encoding="utf-8").splitlines()[:done] if log.exists() else []
-    work = log.with_name(f".{log.name}")
     with disk(log):
-        work.write_text("".join(f"{line}\n" for line in text), encoding="utf-8")
-        os.replace(work, log)
+        write_text(log, "".join(f"{line}\n" for line in text))
     return [json.loads(line) for line in text]
+
+
+def cost(folder: Path) -> dict[str, float]:
+    """What the finished training in ``folder`` took: values trained, tokens (of a rollout: sampled) and seconds."""
+    [log] = [path for path in (folder / "train.jsonl", folder / "rollout.jsonl") if path.exists()]
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    last = latest(folder / "checkpoints")
+    if last is None:
+        raise ThriftyError(f"{folder} holds no finished training: its checkpoints are missing")
+    return {
+        "trained_parameters": sum(value.numel() for value in load(last)["weights"].values()),
+        "training_tokens": sum(line["tokens"] for line in lines),
+        "training_seconds": sum(line["seconds"] for line in lines),
+    }
 
 
 @contextmanager
