@@ -271,6 +271,12 @@ def test_a_finished_run_is_not_trained_again(uninterrupted):
     assert all(torch.equal(p, theirs[n.replace(".valve", "")]) for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_a_finished_run_says_what_it_cost(uninterrupted):
+    cost = checkpoint.cost(uninterrupted.folder)
+    assert cost["trained_parameters"] == sum(w.numel() for w in adapter_weights(uninterrupted.folder).values())
+    assert (cost["training_tokens"], cost["training_seconds"]) == (uninterrupted.tokens, uninterrupted.seconds)
+
+
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path, uninterrupted, capfd):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 12 of 20; run the same command again"):
@@ -358,7 +364,7 @@ def test_a_changed_set_up_is_refused_not_mixed(tmp_path, uninterrupted):
     folder = tmp_path / "copy"
     shutil.copytree(uninterrupted.folder, folder)
     hooks = [Momentum()]
-    with pytest.raises(ThriftyError, match=r"other settings \(steps was 20, is 30; lr was 0.01, is 0.1\)"):
+    with pytest.raises(ThriftyError, match=r"other settings \(lr was 0.01, is 0.1; steps was 20, is 30\)"):
         train(adapted(), Curriculum(), Train(**{**vars(SETTINGS), "steps": 30, "lr": 0.1}), folder, hooks=hooks)
     with pytest.raises(ThriftyError, match="other trained weights"):
         train(lora(tiny(), rank=2), Curriculum(), SETTINGS, folder, hooks=hooks)

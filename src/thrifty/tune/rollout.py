@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from thrifty.contracts import (
@@ -46,7 +44,7 @@ from thrifty.models.load import Loaded
 from thrifty.models.strength import Dial
 from thrifty.tune import checkpoint
 from thrifty.tune.answers import Problems, Samples, check_rewards, document, figures, minibatch
-from thrifty.tune.batches import Sampled, packs
+from thrifty.tune.batches import Sampled
 from thrifty.tune.credit import GroupRelative, check_group, token_mean
 from thrifty.tune.guard import collapsed
 from thrifty.tune.logprobs import document_logprobs
@@ -54,10 +52,12 @@ from thrifty.tune.objective.clipped import Clipped
 from thrifty.tune.reward.right import Right
 from thrifty.tune.supervised import (
     State,
-    Train,
+    Updates,
+    accelerated,
     adamw,
     adapter_name,
     batches_of,
+    laid_out,
     learning_rate,
     not_finite,
     restore,
@@ -69,8 +69,8 @@ FREE = ("save_every", "tokens", "batch", "window", "keep")
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Settings of the loop."""
+class Rollout(Updates):
+    """Settings of the loop; a document is an answer with its prompt."""
 
     steps: int = 100
     """Times that answers are sampled."""
@@ -90,32 +90,8 @@ class Rollout:
     """Answers sampled at once."""
     aggregate: Callable[[Sequence[int], int | None], list[float]] = token_mean
     """What each token of an answer counts in an update's mean: see ``tune/credit.py``."""
-    tokens: int = 2048
-    """Positions per forward pass: a larger update is split."""
-    layout: Literal["auto", "packed", "bucketed"] = "auto"
-    """How answers lie in rows; auto packs where the model keeps packed documents apart."""
-    row: int = 128
-    """About how many tokens a packed row takes, or the longest answer with its prompt."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    warmup: float = 0.05
-    """Linear warm-up: updates when at least 1, else a share of all."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     """How the learning rate goes on after warm-up."""
-    floor: float = 0.0
-    """Where it falls to, as a share of the peak."""
-    weight_decay: float = 0.0
-    """AdamW's, on matrices only."""
-    beta1: float = 0.9
-    """AdamW's first moment."""
-    beta2: float = 0.999
-    """AdamW's second moment."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
-    seed: int = 0
-    """Of order, sampling, dropout and minibatches."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves at the end and on Ctrl-C only."""
     window: int = 20
     """Steps over which the guard against collapse looks; 0 turns it off."""
     keep: float = 0.5
@@ -171,8 +147,7 @@ def rollout(
     _check(settings, credit, strategy)
     bare = loaded.model
     was_training = bare.training
-    on_cpu = next(bare.parameters()).device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) == 1
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = accelerated(bare)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     objectives = (objective, *extra)
     parts = {name: part.to(device).train() for one in objectives for name, part in one.modules(bare).items()}
@@ -181,15 +156,8 @@ def rollout(
     model = accelerator.prepare(bare).train()
     weights = {name: p for name, p in bare.named_parameters() if p.requires_grad}
     weights |= {f"{at}:{name}": p for at, part in parts.items() for name, p in part.named_parameters()}
-    if not weights:
-        raise ThriftyError(
-            "nothing to train: no weight of the model requires a gradient; attach an adapter or unfreeze"
-        )
     optimizer = adamw(weights, settings, device)
-    config = bare.config.get_text_config(decoder=True)
-    isolates = settings.layout != "bucketed" and packs(bare, config.vocab_size)
-    if settings.layout == "packed" and not isolates:
-        raise ThriftyError("this model does not keep packed documents apart: set layout=bucketed, or attention sdpa")
+    config, isolates = laid_out(bare, settings)
     meter = meter if meter is not None else Meter()
     meter.watch(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
     engine = LocalEngine(loaded, batch_size=settings.batch, max_tokens=settings.max_tokens, meter=meter)
@@ -306,7 +274,7 @@ def rollout(
                     dataclasses.replace(batch, total=1.0)
                     for batch in batches_of(documents, settings, isolates, rank, world, config)
                 ]
-                lr = learning_rate(_pace(settings), update, updates)
+                lr = learning_rate(settings, update, updates)
                 for group_of_weights in optimizer.param_groups:
                     group_of_weights["lr"] = lr
                 state.step, state.batches = update, batches
@@ -399,10 +367,6 @@ def _check(settings: Rollout, credit: Credit, strategy: Strategy | None) -> None
         )
     if strategy is None and settings.samples < getattr(credit, "least", 1):
         check_group(settings.samples, f"samples={settings.samples} with credit {type(credit).__name__}")
-
-
-def _pace(settings: Rollout) -> Train:
-    return Train(lr=settings.lr, warmup=settings.warmup, schedule=settings.schedule, floor=settings.floor)
 
 
 def _draw(*numbers: int) -> int:

@@ -34,15 +34,9 @@ from thrifty.tune.objective.nll import NLL
 
 
 @dataclass(frozen=True)
-class Train:
-    """Settings of the loop. Give ``steps`` or ``epochs``."""
+class Updates:
+    """How weights are updated: what both loops' settings have."""
 
-    steps: int | None = None
-    """Optimiser steps."""
-    epochs: float | None = None
-    """Passes over the examples, where they are a list; part of a pass is fine."""
-    batch_size: int = 64
-    """Examples per step, over all processes. A source of your own sets its own."""
     tokens: int = 2048
     """Positions per forward pass: a larger step is split. Memory grows with it; small ones suit a CPU's cache."""
     layout: Literal["auto", "packed", "bucketed"] = "auto"
@@ -52,9 +46,9 @@ class Train:
     lr: float = 2e-4
     """Peak learning rate."""
     warmup: float = 0.05
-    """Linear warm-up: steps when at least 1, else a share of all steps."""
+    """Linear warm-up: updates when at least 1, else a share of all."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after warm-up."""
+    """How the learning rate goes on after warm-up."""
     floor: float = 0.0
     """Where it falls to, as a share of the peak."""
     weight_decay: float = 0.0
@@ -69,6 +63,18 @@ class Train:
     """Of order, dropout and whatever else is drawn."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end and on Ctrl-C only."""
+
+
+@dataclass(frozen=True)
+class Train(Updates):
+    """Settings of the loop. Give ``steps`` or ``epochs``."""
+
+    steps: int | None = None
+    """Optimiser steps."""
+    epochs: float | None = None
+    """Passes over the examples, where they are a list; part of a pass is fine."""
+    batch_size: int = 64
+    """Examples per step, over all processes. A source of your own sets its own."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,7 @@ def train(
     objective = objective or NLL()
     source: Source = data if hasattr(data, "next") else Shuffled(data, settings.batch_size, settings.seed)  # type: ignore[assignment]
     steps = _steps(settings, data)
-    on_cpu = next(model.parameters()).device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) == 1
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = accelerated(model)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     bare, was_training = model, model.training
     extra = dict(objective.modules(bare))
@@ -153,15 +158,8 @@ def train(
         weights |= {f"{part}:{name}": p for name, p in module.named_parameters() if p.requires_grad}
         if meter is not None and hasattr(module, "get_input_embeddings"):  # a model of its own costs as the main one
             meter.watch(module, part)
-    if not weights:
-        raise ThriftyError(
-            "nothing to train: no weight of the model requires a gradient; attach an adapter or unfreeze"
-        )
     optimizer = adamw(weights, settings, device)
-    config = bare.config.get_text_config(decoder=True)
-    isolates = settings.layout != "bucketed" and packs(bare, config.vocab_size)
-    if settings.layout == "packed" and not isolates:
-        raise ThriftyError("this model does not keep packed documents apart: set layout=bucketed, or attention sdpa")
+    config, isolates = laid_out(bare, settings)
     dial = Dial(bare)
     state = State(bare, optimizer, steps)
     for hook in hooks:
@@ -284,8 +282,27 @@ def train(
     )
 
 
-def adamw(weights: dict[str, Any], settings: Any, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over ``weights``, decay on matrices only; ``settings`` as in ``Train``."""
+def accelerated(model: Any) -> Accelerator:
+    """accelerate on the device that the model is on, or on this process's own of several."""
+    on_cpu = next(model.parameters()).device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return Accelerator(cpu=on_cpu)
+
+
+def laid_out(bare: Any, settings: Updates) -> tuple[Any, bool]:
+    """The language model's configuration, and whether documents share rows."""
+    config = bare.config.get_text_config(decoder=True)
+    isolates = settings.layout != "bucketed" and packs(bare, config.vocab_size)
+    if settings.layout == "packed" and not isolates:
+        raise ThriftyError("this model does not keep packed documents apart: set layout=bucketed, or attention sdpa")
+    return config, isolates
+
+
+def adamw(weights: dict[str, Any], settings: Updates, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over ``weights``, decay on matrices only; ThriftyError where there are none."""
+    if not weights:
+        raise ThriftyError(
+            "nothing to train: no weight of the model requires a gradient; attach an adapter or unfreeze"
+        )
     return torch.optim.AdamW(
         [
             {"params": [p for p in weights.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -308,7 +325,7 @@ def save_trained(bare: Any, folder: Path, parts: dict[str, Any]) -> None:
             save_file({name: p.detach().contiguous() for name, p in parts.items()}, folder / "modules.safetensors")
 
 
-def learning_rate(settings: Train, step: int, steps: int) -> float:
+def learning_rate(settings: Updates, step: int, steps: int) -> float:
     """Of step ``step`` (from 0): linear warm-up to ``lr``, then down to ``floor * lr``, reached after the last step.
 
     >>> [round(learning_rate(Train(lr=1.0, warmup=2), step, 6), 2) for step in range(6)]
