@@ -313,6 +313,12 @@ def test_a_claim_runs_from_registration_to_status(project):
     assert made["verdict"] == "shown"
     assert made["parts"][0]["effect"]["value"] == pytest.approx(0.7 - 0.3**4 + 0.7**4 - 0.47, abs=0.15)
     assert [u["method"]["accuracy"]["n"] for u in made["units"]] == [60] * 3
+    assert (made["family"], made["title"]) == ("solve.search", "Take the surest")
+    assert made["registered"]["says"] == "The surest of four samples is right more often than the first."
+    for arm, figures in made["figures"].items():  # the same problems, whatever the claim makes of them
+        assert [f["accuracy"] for f in figures] == [u[arm]["accuracy"]["mean"] for u in made["units"]]
+        assert all(f["generated_tokens"] > f["thought_tokens"] > 0 for f in figures)
+    assert len(set(made["seeds"])) == len(set(made["problems"])) == 3
     assert registry.get("surest").status == "inconclusive"
     placebo = run(project, control="placebo")
     assert placebo["verdict"] != "shown"

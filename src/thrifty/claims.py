@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -124,11 +125,14 @@ def reproduce(
     folder = results or evidence.results_folder(method.path)
     record: dict[str, Any] = {
         "key": method.key,
+        "family": method.family,
+        "title": method.card.title,
         "scale": "dev" if dev and scale != "smoke" else scale,
         "control": control,
         "controls": [c for c in ("placebo", "oracle") if why_not(method, claim, c) is None],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "claim": digest(claim.text),
+        "registered": json.loads(claim.text),
         "code": evidence.code_hash(method.path),
         "source": evidence.source_hash(method.path),
         "lab": evidence.lab_hash(),
@@ -168,6 +172,7 @@ class _Run:
         more = claim.factor(self.scale, "seeds") if claim.unit == "training" else 1
         effects: dict[str, list[Any]] = {p.name: [] for p in claim.parts}
         strata, units = [], []
+        arms: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for unit in range(1 if self.scale == "smoke" else round(claim.seeds * more)):
             new = self._arm("method", unit, pick=picks.get("method", {}))
             old = self._arm("comparator", unit, pick=picks.get("comparator", {}), other=new)
@@ -181,7 +186,17 @@ class _Run:
             units.append(
                 {"method": _summary(claim, new), "comparator": _summary(claim, old), "student": old["student"]}
             )
-        found = {"units": units, "gates": self.gates, "notes": self.notes, "picks": picks, "verdict": None}
+            arms.append((new, old))
+        found = {
+            "units": units,
+            "figures": {name: [pair[i]["figures"] for pair in arms] for i, name in enumerate(("method", "comparator"))},
+            "seeds": [old["seed"] for _, old in arms],
+            "problems": [old["problems"] for _, old in arms],
+            "gates": self.gates,
+            "notes": self.notes,
+            "picks": picks,
+            "verdict": None,
+        }
         if self.scale == "smoke":
             return found
         if missing := set(claim.gates) - set(self.gates):
@@ -212,7 +227,8 @@ class _Run:
             for name, value in trial.notes.items():
                 self.notes.setdefault(f"{arm}: {name}", []).append(value)
         student = digest(fingerprint(Path(trial.asset()))) if self.claim.student else ""
-        return {"strata": trial.strata, "student": student, **got}
+        about = {"student": student, "seed": trial.seed, "problems": digest(trial.own), "figures": trial.figures}
+        return {**got, "strata": trial.strata, **about}
 
     def _tuned(self, arm: str) -> dict[str, Any]:
         """The best point of the grid by the first part, on development problems; both arms try as many."""

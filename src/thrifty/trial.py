@@ -21,6 +21,7 @@ from thrifty.evidence import Claim, digest
 from thrifty.files import write_json
 from thrifty.lab import ADAPTER, Lab
 from thrifty.progress import Progress
+from thrifty.tune import checkpoint
 
 POOL = 2000
 """Problems of the shared bank per student, of which every claim takes its own."""
@@ -58,6 +59,10 @@ class Trial:
     notes: dict[str, float] = field(default_factory=dict)
     strata: list[str] = field(default_factory=list)
     """Task and level of the problems that the claim was last given as its own."""
+    own: list[str] = field(default_factory=list)
+    """The ids of these problems."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the arm was like and cost, for the board: see ``figure``."""
 
     @property
     def n(self) -> int:
@@ -143,10 +148,13 @@ class Trial:
         if hasattr(strategy, "prepare"):
             strategy = strategy.prepare(problems, run)
         found = run(strategy)
-        return [strategy.settle(o) for o in found] if hasattr(strategy, "settle") else found
+        found = [strategy.settle(o) for o in found] if hasattr(strategy, "settle") else found
+        if [p.id for p in problems] == self.own:
+            self.answered(found)
+        return found
 
     def bank(
-        self, k: int = 16, model: str | None = None, temperature: float = 0.7, top_p: float = 0.95
+        self, k: int, model: str | None = None, temperature: float = 0.7, top_p: float = 0.95
     ) -> tuple[list[Problem], list[list[Outcome]]]:
         """The claim's problems, and of each ``k`` graded samples by the student as it is.
 
@@ -198,8 +206,35 @@ class Trial:
         """A secondary figure: printed and kept, without a verdict."""
         self.notes[name] = float(value)
 
+    def figure(self, name: str, value: float) -> None:
+        """A figure of the arm that every method may have, so that the board can compare them: means per problem.
+
+        Names that it knows: accuracy, thought_tokens, generated_tokens, seconds; and of the arm's whole training
+        trained_parameters, examples, training_tokens, training_seconds, flops.
+        """
+        self.figures[name] = float(value)
+
+    def trained(self, folder: Path) -> None:
+        """Figures of the training that ``tune.supervised`` or ``tune.rollout`` left in ``folder``."""
+        for name, value in checkpoint.cost(folder).items():
+            self.figure(name, value)
+
+    def answered(self, outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+        """``tokens`` generated (at least 1, as a ratio needs) and ``accuracy``: per problem, as most claims return.
+
+        They become the arm's figures. ``solve`` does that too where it is given the claim's own problems.
+        """
+        usages = [o.usage for o in outcomes]
+        right = [float(o.grade.right) for o in outcomes]
+        self.figure("accuracy", float(np.mean(right)))
+        self.figure("thought_tokens", float(np.mean([u.thought for u in usages])))
+        self.figure("generated_tokens", float(np.mean([u.generated for u in usages])))
+        self.figure("seconds", float(np.mean([u.seconds for u in usages])))
+        return {"tokens": [float(max(1, u.generated)) for u in usages], "accuracy": right}
+
     def _measured_on(self, problems: Sequence[Problem]) -> None:
         self.strata = [f"{p.task}/{p.level}" for p in problems]
+        self.own = [p.id for p in problems]
 
 
 @dataclass(frozen=True)
