@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -78,6 +79,22 @@ def linears(model: Any, targets: str | Sequence[str]) -> dict[str, nn.Linear]:
 
 
 # ------------------------------------------------------------------------------------------- new kinds
+
+
+@dataclass
+class Config(PeftConfig):
+    """peft's configuration of a new kind, the one that was registered under ``kind``."""
+
+    target_modules: Any = field(default=None, metadata={"help": "names of the modules to adapt, or all-linear"})
+    exclude_modules: Any = field(default=None, metadata={"help": "names to leave out"})
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[self.kind]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
 
 
 class Layer(nn.Module, BaseTunerLayer):

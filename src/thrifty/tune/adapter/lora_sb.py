@@ -32,17 +32,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, TaskType
+from peft import TaskType
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from thrifty.contracts import Card, ThriftyError
-from thrifty.tune import skill
-from thrifty.tune.adapter._peft import NAME, Layer, Tuner, linears, plain, register, target_names
+from thrifty.tune.adapter._peft import NAME, Config, Layer, Tuner, linears, plain, register, target_names
 from thrifty.tune.adapter._peft import attach as attached
 from thrifty.tune.adapter._peft import fold as merged
+from thrifty.tune.adapter._trained import learnt
 from thrifty.tune.batches import Batch
 from thrifty.tune.logprobs import target_logprobs
 
@@ -155,18 +154,12 @@ def factors(matrix: Tensor, rank: int, iterations: int = 10) -> tuple[Tensor, Te
 
 
 @dataclass
-class LoraSBConfig(PeftConfig):
+class LoraSBConfig(Config):
     """peft configuration of a LoRA-SB adapter."""
 
     r: int = field(default=96, metadata={"help": "side of the trained square"})
-    target_modules: Any = field(default=None, metadata={"help": "names of linear layers, or all-linear"})
-    exclude_modules: Any = field(default=None, metadata={"help": "names to leave out"})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType["LORA_SB"]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+    kind: ClassVar[str] = "LORA_SB"
 
 
 class LoraSBLayer(Layer):
@@ -242,9 +235,5 @@ CLAIM = {
 
 def claim(trial: Any) -> dict[str, Any]:
     """Held-out loss after 150 steps on a spelling that the student has never seen, against LoRA-XS."""
-    lr, steps = trial.pick["lr"], 150
-    trial.method = replace(trial.method, lr=lr, warmup=max(1, trial.scaled(steps) // 20))
-    found = skill.learnt(trial, skill.adapted(trial), lr=lr, steps=steps, train_n=2000)
-    trial.gate("the skill is new", found["naive"])
-    trial.note("accuracy", sum(found["exact"]) / len(found["exact"]))
-    return {"loss": found["loss"]}
+    trial.method = replace(trial.method, lr=trial.pick["lr"], warmup=max(1, trial.scaled(150) // 20))
+    return learnt(trial)

@@ -27,15 +27,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, TaskType
-from peft.utils import PeftType
+from peft import TaskType
 from torch import Tensor, nn
 
 from thrifty.contracts import Card, ThriftyError
-from thrifty.tune import skill
-from thrifty.tune.adapter._peft import Layer, Tuner, linears, register, target_names
+from thrifty.tune.adapter._peft import Config, Layer, Tuner, linears, register, target_names
 from thrifty.tune.adapter._peft import attach as attached
 from thrifty.tune.adapter._peft import fold as merged
+from thrifty.tune.adapter._trained import learnt
 from thrifty.tune.batches import Batch
 
 CARD = Card(
@@ -101,20 +100,14 @@ def _proportional(module: nn.Module) -> bool:
 
 
 @dataclass
-class SSFConfig(PeftConfig):
+class SSFConfig(Config):
     """peft configuration of an SSF adapter."""
 
-    target_modules: Any = field(default=None, metadata={"help": "names of linear layers and norms"})
-    exclude_modules: Any = field(default=None, metadata={"help": "names to leave out"})
     scale: bool = field(default=True, metadata={"help": "train the scales"})
     shift: bool = field(default=True, metadata={"help": "train the shifts"})
     spread: float = field(default=0.02, metadata={"help": "standard deviation at first"})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PeftType["SSF"]
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+    kind: ClassVar[str] = "SSF"
 
 
 class SSFLayer(Layer):
@@ -199,7 +192,4 @@ CLAIM = {
 
 def claim(trial: Any) -> dict[str, Any]:
     """Held-out loss after 150 steps on a spelling that the student has never seen."""
-    found = skill.learnt(trial, skill.adapted(trial), lr=trial.pick["lr"], steps=150, train_n=2000)
-    trial.gate("the skill is new", found["naive"])
-    trial.note("accuracy", sum(found["exact"]) / len(found["exact"]))
-    return {"loss": found["loss"]}
+    return learnt(trial)
