@@ -247,8 +247,6 @@ def _example(chat: Any, problem: Problem, trace: Trace) -> Example:
 
 def claim(trial: Any) -> dict[str, Any]:
     """The student after DPO, and as it is: new tokens and accuracy on fresh problems."""
-    problems = trial.problems()
-    sampler = SinglePass()
     adapter = None
     if trial.arm == "method":
         method = trial.method
@@ -260,10 +258,9 @@ def claim(trial: Any) -> dict[str, Any]:
             method.tuned(lab, "dpo")
 
         adapter = trial.once("dpo", make, method) / "stages" / "dpo" / "adapter"
-    outcomes = trial.solve(sampler, problems, adapter=adapter)
+        trial.trained(adapter.parent)
+        trial.figure("examples", method.train_n)
+    found: dict[str, Any] = trial.answered(trial.solve(SinglePass(), trial.problems(), adapter=adapter))
     if trial.arm == "comparator":
-        trial.gate("accuracy of the student", sum(o.grade.right for o in outcomes) / len(outcomes))
-    return {
-        "tokens": [o.usage.generated for o in outcomes],
-        "accuracy": [float(o.grade.right) for o in outcomes],
-    }
+        trial.gate("accuracy of the student", sum(found["accuracy"]) / len(found["accuracy"]))
+    return found

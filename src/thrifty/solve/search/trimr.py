@@ -213,8 +213,8 @@ class TrimR:
 def claim(trial: Any) -> dict[str, Any]:
     """Greedy chains with and without the stop: new tokens and accuracy."""
     outcomes = trial.solve(trial.method, trial.problems())
-    right = [float(o.grade.right) for o in outcomes]
+    found: dict[str, Any] = trial.answered(outcomes)
     if trial.arm == "comparator":
-        trial.gate("accuracy of the student", sum(right) / len(right))
+        trial.gate("accuracy of the student", sum(found["accuracy"]) / len(found["accuracy"]))
     trial.note("stopped early", sum(o.usage.injected > 0 for o in outcomes) / len(outcomes))
-    return {"tokens": [max(1, o.usage.generated) for o in outcomes], "accuracy": right}
+    return found

@@ -1,4 +1,4 @@
-"""What the claims of rewards share: a student reinforced with one, and its answers to fresh problems."""
+"""What the claims of rewards share: a student reinforced with one, what its answers to fresh problems are like."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from thrifty import registry
-from thrifty.contracts import Outcome
 
 
-def reinforced(trial: Any, steps: int, problems: int = 16, samples: int = 6, lr: float = 1e-3) -> list[Outcome]:
-    """Train a LoRA of the trial's student by GRPO with ``trial.method`` as reward; single passes of what came out."""
+def reinforced(
+    trial: Any, steps: int, problems: int = 16, samples: int = 6, lr: float = 1e-3
+) -> dict[str, list[float]]:
+    """Train a LoRA of the trial's student by GRPO with ``trial.method`` as reward: ``tokens`` and ``accuracy`` then.
+
+    Of single passes at temperature 1. Measures the gate "accuracy after 0/1 rewards".
+    """
 
     def make(folder: Path) -> None:
         from thrifty.models.load import load
@@ -29,6 +33,9 @@ def reinforced(trial: Any, steps: int, problems: int = 16, samples: int = 6, lr:
         rollout(loaded, lab.task, drawn, settings, folder, reward=trial.method)
 
     folder = trial.once("rollout", make, trial.method, trial.scaled(steps), problems, samples, lr)
+    trial.trained(folder)
     passes = registry.load("single-pass")(temperature=1.0, top_p=1.0)
-    found: list[Outcome] = trial.solve(passes, trial.problems(), adapter=folder / "adapter")
+    found: dict[str, list[float]] = trial.answered(trial.solve(passes, trial.problems(), adapter=folder / "adapter"))
+    if trial.arm == "comparator":
+        trial.gate("accuracy after 0/1 rewards", sum(found["accuracy"]) / len(found["accuracy"]))
     return found
