@@ -53,6 +53,7 @@ CLAIM = {
     "comparator": None,
     "student": "long",
     "tasks": ["search"],
+    "levels": [1, 2, 3],
     "n": 600,
     "seeds": 3,
     "unit": "student",
@@ -143,7 +144,7 @@ def _shares_choice(words: Sequence[Sequence[str]], dead: int) -> list[int]:
 
 def claim(trial: Any) -> dict[str, Any]:
     """Accuracy of the sample that each rule chooses among eight; ties go to the first."""
-    samples = [group[:8] for group in trial.bank()[1]]
+    _, samples = trial.bank(k=8)
     right = [[float(o.grade.right) for o in group] for group in samples]
     differs = [len({FailedStepFraction().fraction(o.chosen.thought) for o in group}) > 1 for group in samples]
     trial.gate("accuracy of a sample", sum(map(sum, right)) / sum(map(len, right)))

@@ -38,6 +38,7 @@ CLAIM = {
     "comparator": {"key": "self-consistency", "k": 8},
     "match": "both start 8 chains with the same random streams",
     "tasks": ["search"],
+    "levels": [1, 2, 3],
     "n": 400,
     "seeds": 3,
     "unit": "student",
@@ -70,8 +71,7 @@ def cost(lengths: Sequence[int], m: int) -> int:
 def claim(trial: Any) -> dict[str, list[float]]:
     """Accuracy and generated tokens, problem by problem; beside them a vote at equal tokens, and another family."""
     outcomes = trial.solve(trial.method, trial.problems())
-    right = [float(o.grade.right) for o in outcomes]
-    tokens = [float(o.usage.generated) for o in outcomes]
+    found: dict[str, list[float]] = trial.answered(outcomes)
     if trial.arm == "comparator":
         votes = [_accuracy(trial, outcomes, k) for k in range(1, 9)]
         # where one sample is as good as eight, no choice among them can show anything
@@ -82,7 +82,7 @@ def claim(trial: Any) -> dict[str, list[float]]:
     roll = trial.solve(trial.method, trial.problems(task="roll", n=trial.scaled(200)), task="roll")
     trial.note("roll, where re-checks help: accuracy", sum(o.grade.right for o in roll) / len(roll))
     trial.note("roll: tokens", sum(o.usage.generated for o in roll) / len(roll))
-    return {"accuracy": right, "tokens": tokens}
+    return found
 
 
 def _accuracy(trial: Any, outcomes: Sequence[Outcome], k: int) -> float:

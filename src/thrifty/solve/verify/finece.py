@@ -249,7 +249,7 @@ def claim(trial: Any) -> dict[str, Any]:
     """How well a confidence tells one sampled answer per problem: ranks (AUROC) and squared error (Brier)."""
     from thrifty.engines.runner import Runner
 
-    problems, samples = trial.bank()
+    problems, samples = trial.bank(k=1)
     answers = {p.id: group[0] for p, group in zip(problems, samples)}
     right = np.array([float(answers[p.id].grade.right) for p in problems])
     lab = trial.lab()
