@@ -224,6 +224,7 @@ def test_documents_of_one_prompt_become_one_question():
             Example(prompt, [4]),
             Example([9], [5], weight=-1.0),
             Example(prompt, [6]),
+            Example(prompt, [3], weight=-1.0),  # sampled twice
         ]
     )
     assert len(made) == 1, "a question that nobody answered right is left out"

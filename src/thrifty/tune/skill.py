@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from thrifty.contracts import Chain, Problem
+from thrifty.files import write_json
 from thrifty.models.load import load
 from thrifty.tune.batches import Example, bucketed, collate, examples
 from thrifty.tune.objective.nll import target_logits
@@ -95,11 +96,14 @@ def learnt(
             "before": before,
             "naive": float(np.mean(naive)),
         }
-        (folder / "measured.json").write_text(json.dumps(made), "utf-8")
+        write_json(folder / "measured.json", made)
 
     depends = [learn, trial.method, dataclasses.asdict(settings), practice, test, *inputs]
     folder = trial.once("skill", make, *depends)
     found: dict[str, Any] = json.loads((folder / "measured.json").read_text("utf-8"))
+    trial.trained(folder / "run")
+    trial.figure("examples", len(practice))
+    trial.figure("accuracy", float(np.mean(found["exact"])))
     return found
 
 

@@ -327,6 +327,7 @@ def claim(trial: Any) -> dict[str, Any]:
     lab.batch_size = 16
     watched = _Watched(replace(trial.method, memory=Trie()))
     outcomes = Runner(lab.engine(), lab.task).solve(_Greedy(watched), problems, trial.seed)
+    trial.answered(outcomes)
     traces: list[Any] = [o.chosen for o in outcomes]
     forwards = [watched.forwards[t.prompt_ids.tobytes()].pop()[0] for t in traces]
     total = lab.meter.total()

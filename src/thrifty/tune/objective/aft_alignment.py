@@ -125,12 +125,14 @@ class AFT:
         """Documents of one prompt as one question.
 
         Those of negative weight are wrong, the first right one is the reference; without one, a question is left out.
+        Equal chains of a question count once.
         """
-        asked: dict[tuple[int, ...], list[Example]] = {}
+        asked: dict[tuple[int, ...], dict[tuple[int, ...], Example]] = {}
         for document in documents:
-            asked.setdefault(tuple(document.prompt_ids), []).append(document)
+            asked.setdefault(tuple(document.prompt_ids), {}).setdefault(tuple(document.target_ids), document)
         made = []
-        for chains in asked.values():
+        for question in asked.values():
+            chains = question.values()
             right = [c for c in chains if c.weight > 0]
             wrong = tuple(c.target_ids for c in chains if c.weight < 0)
             if right:
@@ -223,6 +225,8 @@ def claim(trial: Any) -> dict[str, Any]:
         train(model, trial.method.examples(documents), settings, folder, objective=trial.method)
 
     folder = trial.once("aft", make, trial.method, dataclasses.asdict(settings), practice)
+    trial.trained(folder)
+    trial.figure("examples", len(practice))
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text("utf-8").splitlines()]
     trial.gate("wrong chains score above right ones at first", 1 - np.mean([line["assessment"] for line in lines[:5]]))
     trial.note("assessment", lines[-1]["assessment"])

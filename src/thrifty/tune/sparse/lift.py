@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from thrifty.contracts import Card, ThriftyError
+from thrifty.models.load import load
 from thrifty.tune import skill
 from thrifty.tune.supervised import NoHook, State, Train, TrainResult, train
 
@@ -103,9 +104,7 @@ class LIFT(NoHook):
             raise ThriftyError(
                 "lift trains a model's own weights, and this one carries an adapter: give the plain model"
             )
-        head = state.model.get_output_embeddings()
-        trained = [m.weight for m in state.model.modules() if isinstance(m, nn.Linear) and m is not head]
-        trained = [w for w in trained if w.requires_grad]
+        trained = [w for w in _matrices(state.model) if w.requires_grad]
         if not trained:
             raise ThriftyError("lift finds no linear layer that may be trained: unfreeze the model")
         state.model.requires_grad_(False)
@@ -130,10 +129,20 @@ class LIFT(NoHook):
                     gradient.zero_()
                     gradient[index] = kept
 
-    def _indices(self, weight: Tensor) -> Tensor:
+    def trained(self, weight: Tensor) -> int:
+        """k: how many values of a matrix are trained."""
         rows, columns = weight.shape
+        return min((rows + columns) * self.rank, rows * columns)
+
+    def _indices(self, weight: Tensor) -> Tensor:
         importance = MASKS[self.mask] if isinstance(self.mask, str) else self.mask
-        return largest(importance(weight, self.filter_rank), min((rows + columns) * self.rank, rows * columns))
+        return largest(importance(weight, self.filter_rank), self.trained(weight))
+
+
+def _matrices(model: Any) -> list[Tensor]:
+    """The weights of all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 def largest(importance: Tensor, count: int) -> Tensor:
@@ -222,6 +231,9 @@ def claim(trial: Any) -> dict[str, Any]:
 
     found = skill.learnt(trial, learn, lr=trial.pick["lr"], steps=200, train_n=2000)
     trial.gate("the skill is new", found["naive"])
+    if trial.method is not None:
+        matrices = _matrices(load(trial.asset()).model)
+        trial.figure("trained_parameters", sum(trial.method.trained(matrix) for matrix in matrices))
     before, after = (sum(found[name]) / len(found[name]) for name in ("before", "old"))
     if trial.arm == "comparator":
         trial.gate("full fine-tuning forgets", before - after)

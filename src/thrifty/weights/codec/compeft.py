@@ -233,6 +233,7 @@ def claim(trial: Any) -> dict[str, Any]:
         train(model, examples(skill.chains(practice), loaded.chat), settings, folder)
 
     folder = trial.once("lora", make, dataclasses.asdict(settings), practice)
+    trial.trained(folder)
     initial, tuned = (load_file(folder / name / "adapter_model.safetensors") for name in ("initial", "adapter"))
     codec = trial.method
     if codec is not None:
@@ -249,6 +250,7 @@ def claim(trial: Any) -> dict[str, Any]:
     model = load_adapter(loaded.model, folder / "adapter", name="valve")
     set_peft_model_state_dict(model, tuned, adapter_name="valve")
     exact = skill.measured(model, fresh)[1]
+    trial.figure("accuracy", float(np.mean(exact)))
     trial.gate("the skill is new", naive)
     if trial.arm == "comparator":
         trial.gate("the update matters", float(np.mean(exact)) - naive)
