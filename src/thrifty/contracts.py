@@ -42,6 +42,21 @@ class OutOfBudget(Exception):  # noqa: N818 - it is a signal thrown into a strat
     """Thrown into a strategy at its ``yield`` when the problem's budget is spent."""
 
 
+class RowFailed(ThriftyError):  # noqa: N818 - named like OutOfBudget: both are thrown into a strategy
+    """An engine gave up on one row: after all attempts, or because this request can never be answered.
+
+    Thrown into a strategy at its ``yield``, with the other rows of that request stopped; where no strategy catches it,
+    it fails that problem alone. ``trace`` is what had come of a ``Sample``, ``usage`` what was paid for it.
+    ``outage`` names a fault of the server ("unreachable", "503"), "" one of this row: many of one name in a row end a
+    run.
+    """
+
+    def __init__(self, text: str, outage: str = "", trace: Trace | None = None, usage: Usage | None = None) -> None:
+        super().__init__(text)
+        self.outage, self.trace = outage, trace
+        self.usage = usage or (Usage() if trace is None else trace.usage)
+
+
 # ---------------------------------------------------------------------------------------------- records
 
 Split: TypeAlias = Literal["train", "calibration", "dev", "test"]
@@ -177,6 +192,8 @@ class Outcome:
     grade: Grade
     tried: Sequence[Trace]
     usage: Usage
+    failed: RowFailed | None = None
+    """Why the problem was given up where the engine failed a row of it: nothing is chosen, ``grade.message`` says it."""
 
 
 @dataclass(frozen=True)
@@ -368,8 +385,12 @@ class Engine(Protocol):
         """Queue one row (``n`` and ``first`` are the runner's affair). ``key`` seeds its random stream."""
         ...
 
-    def poll(self) -> list[tuple[int, Trace | Scores]]:
-        """Work for a slice of time, less when a row ends; return all that have ended (often none)."""
+    def poll(self) -> Sequence[tuple[int, Trace | Scores | RowFailed]]:
+        """Work for a slice of time, less when a row ends; return all that have ended (often none).
+
+        A row that fails for good is handed back as a ``RowFailed``. What is raised here or in ``submit`` ends the run;
+        but a ``RowFailed`` that ``submit`` raises fails the row.
+        """
         ...
 
     def limit(self, ticket: int, tokens: int) -> None:

@@ -148,22 +148,41 @@ class Lab:
         seed: int | None = None,
         budget: int | None = None,
     ) -> list[Outcome]:
-        """Outcomes of ``strategy`` on ``problems``, kept under ``stages/STAGE``; what is there already is read."""
+        """Outcomes of ``strategy`` on ``problems``, kept under ``stages/STAGE``; what is there already is read.
+
+        Problems that the engine failed are not kept: another run tries them again.
+        """
         folder = self.stage(stage)
         outcomes: list[Outcome] = []
+        runner: Runner | None = None
         with self.progress.bar(stage, len(problems)) as bar:
             for start in range(0, len(problems), SHARD):
                 part = problems[start : start + SHARD]
                 path = folder / f"{start:07d}.parquet"
-                kept = _restore(path, part)
-                if kept is None:
-                    runner = Runner(engine or self.engine(), self.task, Budget(tokens=budget), adapters=adapters)
-                    run = runner.solve(strategy, part, self.seed if seed is None else seed, lambda _: bar.advance(1))
-                    store.write(path, store.rows_from(run, stage, ids=True))
-                    outcomes += run
-                else:
-                    bar.advance(len(part))
-                    outcomes += kept
+                done = _restore(path, part)
+                bar.advance(len(done))
+                if missing := [problem for problem in part if problem.id not in done]:
+                    if runner is None:
+                        runner = Runner(engine or self.engine(), self.task, Budget(tokens=budget), adapters=adapters)
+                    runner.answered += sum(o.failed is None for o in (*outcomes, *done.values()))
+
+                    def ended(outcome: Outcome, done: dict[str, Outcome] = done) -> None:
+                        bar.advance(1)
+                        done[outcome.problem.id] = outcome
+
+                    try:
+                        runner.solve(strategy, missing, self.seed if seed is None else seed, ended)
+                    finally:
+                        whole = [done[p.id] for p in part if p.id in done and done[p.id].failed is None]
+                        if whole:
+                            store.write(path, store.rows_from(whole, stage, ids=True))
+                outcomes += [done[problem.id] for problem in part]
+        failed = [outcome for outcome in outcomes if outcome.failed is not None]
+        if failed:
+            self.progress.say(
+                f"{stage}: {len(failed)} of {len(outcomes)} problems failed and stand as not answered "
+                f"(first: {failed[0].problem.id}: {failed[0].failed})"
+            )
         return outcomes
 
     def chains(self, outcomes: Sequence[Outcome], source: str) -> list[Chain]:
@@ -276,16 +295,16 @@ def settings_of(method: Any) -> dict[str, Any]:
     return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
 
 
-def _restore(path: Path, problems: Sequence[Problem]) -> list[Outcome] | None:
-    """Outcomes of a shard that stands on disk; None where there is none, or where it is of other problems."""
+def _restore(path: Path, problems: Sequence[Problem]) -> dict[str, Outcome]:
+    """Outcomes by problem of a shard that stands on disk; none where it is of other problems."""
     if not path.exists():
-        return None
+        return {}
     by_problem: dict[str, list[store.TraceRow]] = {}
     for row in store.read(path):
         by_problem.setdefault(row.problem, []).append(row)
-    if set(by_problem) != {p.id for p in problems}:
-        return None
-    return [_outcome(problem, by_problem[problem.id]) for problem in problems]
+    if not set(by_problem) <= {p.id for p in problems}:
+        return {}
+    return {p.id: _outcome(p, by_problem[p.id]) for p in problems if p.id in by_problem}
 
 
 def _outcome(problem: Problem, rows: Sequence[store.TraceRow]) -> Outcome:

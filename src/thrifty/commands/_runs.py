@@ -50,11 +50,19 @@ def opened(ctx: click.Context, folder: Path, config: Mapping[str, Any]) -> Itera
         if not (folder / "stages").exists():
             write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         try:
-            yield (folder / "result.json").exists()
+            yield _finished(folder)
         except KeyboardInterrupt:
             told = f"thrifty: interrupted; what is done stands in {folder}. Run the same command to go on"
             click.echo(f"\n{told}", err=True)
             ctx.exit(130)
+
+
+def _finished(folder: Path) -> bool:
+    """Whether nothing is left to do; problems that an engine failed are tried again."""
+    path = folder / "result.json"
+    if not path.exists():
+        return False
+    return not any(setting.get("failed") for setting in json.loads(path.read_text("utf-8"))["settings"])
 
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:

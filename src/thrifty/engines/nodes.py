@@ -4,6 +4,9 @@ A strategy is a generator (``contracts.Talk``). Each problem is a *job*; each ge
 *node* of a tree, and ``All`` and ``First`` have children. A node's ``path`` (which yield, which child) keys the
 random stream of its rows, so results depend neither on the batch nor on the order in which rows end. Nodes know
 nothing of who turns the wheel (``runner.py``): they submit rows to it and are called back as rows end.
+
+Where a row fails, or the problem's time is over, the error is thrown into the talk at its ``yield``; what no talk
+catches goes up the tree.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +22,24 @@ from thrifty.contracts import (
     Call,
     Emit,
     First,
+    Grade,
     Hidden,
     Outcome,
     OutOfBudget,
     Problem,
+    RowFailed,
     Sample,
     Score,
-    Scores,
     Strategy,
     Talk,
     ThriftyError,
     Trace,
     Usage,
 )
+from thrifty.engines.rows import GONE, Done, Failed, Node, SampleNode, ScoreNode
 
 if TYPE_CHECKING:
     from thrifty.engines.runner import Runner
-
-Done = Callable[[Any], None]
-_GONE: Any = object()
-"""A node's answer when it was stopped from above: it lost, nobody waits for its value."""
 
 
 class Job:
@@ -53,13 +53,19 @@ class Job:
         self.started = time.monotonic()
         self.rows_out = 0
         self.settled = False
+        self.expired = False
         self.chosen: Trace | None = None
+        self.failed: RowFailed | None = None
         rng = random.Random(f"{seed}|{problem.id}")
         self.root = _TalkNode(self, (), runner.budget.tokens, self._root_done, strategy.solve(problem, rng))
 
     def _root_done(self, value: Any) -> None:
-        if value is _GONE:  # its caller was cancelled
+        if value is GONE:  # its caller was cancelled
             value = None
+        if isinstance(value, Failed):
+            assert isinstance(value.error, RowFailed)
+            # Its traceback would keep every generator that it passed through.
+            self.failed, value = value.error.with_traceback(None), None
         if value is not None and not isinstance(value, Trace):
             raise TypeError(f"a strategy must return a Trace or None, not {type(value).__name__}")
         self.settled, self.chosen = True, value
@@ -73,112 +79,23 @@ class Job:
         budget = self.runner.budget
         if budget.calls is not None and self.calls >= budget.calls:
             raise OutOfBudget(f"{self.calls} calls")
-        if budget.seconds is not None and time.monotonic() - self.started >= budget.seconds:
+        if self.late:
             raise OutOfBudget(f"{budget.seconds} s")
 
+    @property
+    def late(self) -> bool:
+        """Whether the problem's seconds are over."""
+        seconds = self.runner.budget.seconds
+        return seconds is not None and time.monotonic() - self.started >= seconds
+
     def outcome(self) -> Outcome:
-        return Outcome(self.problem, self.chosen, self.runner.grade(self.problem, self.chosen), self.tried, self.usage)
+        grade = self.runner.grade(self.problem, self.chosen)
+        if self.failed is not None:
+            grade = Grade(0.0, None, f"failed: {self.failed}")
+        return Outcome(self.problem, self.chosen, grade, self.tried, self.usage, self.failed)
 
 
-class _Node:
-    """Something under way. ``allowance`` is how many tokens it may still generate; ``cost`` how many it has."""
-
-    def __init__(self, job: Job, path: tuple[int, ...], allowance: int | None, done: Done):
-        self.job, self.path, self.allowance, self.done = job, path, allowance, done
-        self.cost = 0
-        self.over = False
-
-    def start(self) -> None:
-        raise NotImplementedError
-
-    def cap(self, tokens: int) -> None:
-        """Stop it once it has generated ``tokens`` in all; its answer is then ``_GONE``."""
-        raise NotImplementedError
-
-    def finish(self, value: Any) -> None:
-        if not self.over:
-            self.over = True
-            self.done(value)
-
-
-class _SampleNode(_Node):
-    def __init__(self, job: Job, path: tuple[int, ...], allowance: int | None, done: Done, request: Sample):
-        super().__init__(job, path, allowance, done)
-        if request.n < 1 or (request.first is not None and not 1 <= request.first <= request.n):
-            raise ThriftyError(f"Sample needs n >= 1 and 1 <= first <= n, got n={request.n}, first={request.first}")
-        self.request = request
-        self.traces: list[Trace | None] = [None] * request.n
-        self.tickets: dict[int, int] = {}
-        self.bound: int | None = None
-
-    def start(self) -> None:
-        limit = self.request.max_tokens
-        if self.allowance is not None:
-            share = self.allowance // self.request.n
-            limit = share if limit is None else min(limit, share)
-        row = replace(self.request, n=1, first=None, max_tokens=limit)
-        self.job.calls += self.request.n
-        for index in range(self.request.n):
-            key = (self.job.seed, self.job.problem.id, *self.path, index)
-            self.tickets[index] = self.job.runner.submit(self.job, row, key, partial(self._row_done, index))
-
-    def _row_done(self, index: int, trace: Any) -> None:
-        trace = self.job.runner.parsed(replace(trace, problem=self.job.problem.id, path=(*self.path, index)))
-        self.traces[index] = trace
-        self.tickets.pop(index)
-        self.cost += trace.usage.generated
-        first = self.request.first
-        ended = sorted(
-            (len(t.ids) - t.start, i) for i, t in enumerate(self.traces) if t is not None and t.finish != "cancelled"
-        )
-        if first is not None and len(ended) >= first:
-            # Whoever may still win ends with no more tokens than the m-th best so far: let the others run to there.
-            for ticket in self.tickets.values():
-                self.job.runner.limit(ticket, ended[first - 1][0])
-        if not self.tickets:
-            winners = {i for _, i in (ended if first is None else ended[:first])}
-            for i, t in enumerate(self.traces):
-                assert t is not None
-                if i not in winners and t.finish != "cancelled":
-                    t = replace(t, finish="cancelled", answer=None)
-                if t.finish == "cancelled":
-                    spent = t.usage.thought + t.usage.answer
-                    t = replace(t, usage=replace(t.usage, discarded=spent))
-                self.traces[i] = t
-                self.job.tried.append(t)
-                self.job.usage += t.usage
-            lost = self.bound is not None and self.cost >= self.bound
-            self.finish(_GONE if lost else self.traces)
-
-    def cap(self, tokens: int) -> None:
-        self.bound = max(0, tokens)
-        for ticket in self.tickets.values():
-            self.job.runner.limit(ticket, self.bound)
-
-
-class _ScoreNode(_Node):
-    """``Score`` and ``Hidden``: text is read, nothing is generated."""
-
-    def __init__(self, job: Job, path: tuple[int, ...], allowance: int | None, done: Done, request: Score | Hidden):
-        super().__init__(job, path, allowance, done)
-        self.request = request
-
-    def start(self) -> None:
-        self.job.calls += 1
-        key = (self.job.seed, self.job.problem.id, *self.path)
-        self.job.runner.submit(self.job, self.request, key, self._scored)
-
-    def _scored(self, scores: Any) -> None:
-        assert isinstance(scores, Scores)
-        self.job.usage += scores.usage
-        self.finish(scores.values)
-
-    def cap(self, tokens: int) -> None:
-        if tokens <= 0:  # a prefill cannot be cut short; only its answer is dropped
-            self.finish(_GONE)
-
-
-class _ManyNode(_Node):
+class _ManyNode(Node):
     """``All`` (m is None) and ``First``."""
 
     def __init__(self, job: Job, path: tuple[int, ...], allowance: int | None, done: Done, request: All | First):
@@ -190,6 +107,7 @@ class _ManyNode(_Node):
             raise ThriftyError(f"First needs 1 <= m <= {len(request.items)} items, got {self.m}")
         share = None if allowance is None or not request.items else allowance // len(request.items)
         self.answers: dict[int, Any] = {}
+        self.failures: dict[int, RowFailed | OutOfBudget] = {}
         self.started = -1
         self.children = [
             _node(job, (*path, i), share, partial(self._child_done, i), item) for i, item in enumerate(request.items)
@@ -207,32 +125,57 @@ class _ManyNode(_Node):
 
     def _child_done(self, index: int, value: Any) -> None:
         self.cost = sum(child.cost for child in self.children)
-        if value is not _GONE:
+        if isinstance(value, Failed):
+            self.failures[index] = value.error
+        elif value is not GONE:
             self.answers[index] = value
         if self.m is None:
-            if index < self.last and index in self.answers and self.stops is not None and self.stops(index, value):
-                self.last = index
-                for child in self.children[index + 1 : self.started + 1]:
-                    if not child.over:
-                        child.cap(0)
-            self._close()
+            self._ended(index, value)
+        else:
+            self._raced(self.m)
+        self._close()
+
+    def _ended(self, index: int, value: Any) -> None:
+        """Stop what an ``All`` no longer waits for."""
+        failed = index in self.failures
+        stops = index in self.answers and self.stops is not None and self.stops(index, value)
+        if index > self.last or not (failed or (stops and index < self.last)):
             return
-        best = sorted((self.children[i].cost, i) for i in self.answers)[: self.m]
-        if len(best) == self.m:
+        self.last = index
+        # Who stands before one that failed may still say that it was not wanted.
+        begin = 0 if failed and self.stops is None else index + 1
+        for child in self.children[begin : self.started + 1]:
+            if not child.over:
+                child.cap(0)
+
+    def _raced(self, m: int) -> None:
+        """Bound who can still win; whoever failed is out, and with fewer than ``m`` left nobody goes on."""
+        best = sorted((self.children[i].cost, i) for i in self.answers)[:m]
+        if len(best) == m:
             # Whoever may still win is cheaper than the m-th best so far: let the others run to there.
             bound, last = best[-1]
             for i, child in enumerate(self.children):
                 if not child.over:
                     child.cap(bound if i > last else bound + 1)
-        if all(child.over for child in self.children):
-            self.finish([(i, self.answers[i]) for _, i in best])
+        elif len(self.children) - len(self.failures) < m:
+            self.last = -1
+            for child in self.children[: self.started + 1]:
+                if not child.over:
+                    child.cap(0)
 
     def _close(self) -> None:
-        """Answer an ``All`` once everything in it is over; it is lost where something was stopped from above."""
-        if self.m is not None or self.over or not all(child.over for child in self.children):
+        """Answer once everything is over; it is lost where something was stopped from above."""
+        if self.over or not all(child.over for child in self.children):
             return
-        if any(i not in self.answers for i in range(self.last + 1)):
-            self.finish(_GONE)
+        best = sorted((self.children[i].cost, i) for i in self.answers)[: self.m]
+        short = self.m is not None and len(best) < self.m
+        failed = [i for i in self.failures if (i <= self.last if self.m is None else short)]
+        if failed:
+            self.finish(Failed(self.failures[min(failed)]))
+        elif self.m is not None:
+            self.finish([(i, self.answers[i]) for _, i in best])
+        elif any(i not in self.answers for i in range(self.last + 1)):
+            self.finish(GONE)
         else:
             self.finish([self.answers[i] if i <= self.last else None for i in range(len(self.children))])
 
@@ -242,17 +185,17 @@ class _ManyNode(_Node):
             if not child.over:
                 child.cap(rest)
         if rest <= 0:
-            self.finish(_GONE)
+            self.finish(GONE)
 
 
-class _TalkNode(_Node):
+class _TalkNode(Node):
     """A generator being talked with."""
 
     def __init__(self, job: Job, path: tuple[int, ...], allowance: int | None, done: Done, talk: Talk):
         super().__init__(job, path, allowance, done)
         self.talk = talk
         self.turn = 0
-        self.current: _Node | None = None
+        self.current: Node | None = None
         self.bound: int | None = None
 
     def start(self) -> None:
@@ -267,6 +210,9 @@ class _TalkNode(_Node):
                 return
             except OutOfBudget:
                 self.finish(None)
+                return
+            except RowFailed as failed:
+                self.finish(Failed(failed))
                 return
             except Exception as fault:
                 fault.add_note(f"in the strategy for problem {self.job.problem.id!r}, request path {self.path}")
@@ -297,8 +243,10 @@ class _TalkNode(_Node):
             self.allowance -= spent
         if self.bound is not None and self.cost >= self.bound:
             self.stop()
-            return
-        self._advance(answer)
+        elif isinstance(answer, Failed):
+            self._advance(None, answer.error)
+        else:
+            self._advance(answer)
 
     def cap(self, tokens: int) -> None:
         self.bound = tokens
@@ -316,7 +264,7 @@ class _TalkNode(_Node):
         if current is not None:
             current.over = True  # its rows still come back to be counted, but nobody listens
             current.cap(0)
-        self.done(_GONE)
+        self.done(GONE)
 
 
 def _least(item: Any) -> int:
@@ -328,11 +276,11 @@ def _least(item: Any) -> int:
     return 0 if isinstance(item, Score | Hidden) else 1
 
 
-def _node(job: Job, path: tuple[int, ...], allowance: int | None, done: Done, item: Any) -> _Node:
+def _node(job: Job, path: tuple[int, ...], allowance: int | None, done: Done, item: Any) -> Node:
     if isinstance(item, Sample):
-        return _SampleNode(job, path, allowance, done, item)
+        return SampleNode(job, path, allowance, done, item)
     if isinstance(item, Score | Hidden):
-        return _ScoreNode(job, path, allowance, done, item)
+        return ScoreNode(job, path, allowance, done, item)
     if isinstance(item, All | First):
         return _ManyNode(job, path, allowance, done, item)
     if hasattr(item, "send") and hasattr(item, "throw"):

@@ -7,21 +7,49 @@ asyncio (``Runner.asolve``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from thrifty.contracts import Budget, Engine, Grade, Hidden, Outcome, Problem, Sample, Score, Strategy, Task, Trace
+from thrifty.contracts import (
+    Budget,
+    Engine,
+    Grade,
+    Hidden,
+    Outcome,
+    Problem,
+    RowFailed,
+    Sample,
+    Score,
+    Strategy,
+    Task,
+    ThriftyError,
+    Trace,
+)
 from thrifty.engines import capabilities
-from thrifty.engines.nodes import Done, Job
+from thrifty.engines.nodes import Job
+from thrifty.engines.rows import Done
+
+OUTAGE = 20
+"""Rows that fail in a row for one reason of the server's: there is no use in asking on."""
+Send = Callable[[], "tuple[int, Any] | None"]
+"""Tells the engine something; returns a reply where it refused."""
+
+
+class _Outage(ThriftyError):  # noqa: N818 - what it is called
+    """The server is gone, for all."""
 
 
 class Runner:
     """Runs strategies over problems on one engine. The only place that knows about batching.
 
     ``concurrency`` is how many problems are under way at once. ``budget`` holds per problem: its tokens are shared
-    evenly among things side by side, and ``OutOfBudget`` is thrown into a strategy that asks for more. ``adapters`` are
-    the strengths of every request that names none itself.
+    evenly among things side by side, and ``OutOfBudget`` is thrown into a strategy that asks for more. Once its seconds
+    are over, a problem's rows are stopped and ``OutOfBudget`` is thrown in where the strategy waits for them.
+    ``adapters`` are the strengths of every request that names none itself.
+
+    A row that the engine gives up on fails its problem alone (``RowFailed``, ``Outcome.failed``).
     """
 
     def __init__(
@@ -35,7 +63,10 @@ class Runner:
         self.engine, self.task, self.concurrency = engine, task, concurrency
         self.adapters = dict(adapters or {})
         self.budget = budget or Budget()
-        self._outbox: list[Callable[[], None]] = []
+        self.answered = 0
+        """Rows that came back. While it is 0, a run whose rows all failed is an error."""
+        self._outage: tuple[str, int] = ("", 0)
+        self._outbox: list[Send] = []
         self._waiting: dict[int, tuple[Job, Done]] = {}
         self._tickets = 0
         self._pump: asyncio.Task[None] | None = None
@@ -51,7 +82,15 @@ class Runner:
         ticket = self._tickets
         self._waiting[ticket] = (job, done)
         job.rows_out += 1
-        self._outbox.append(lambda: self.engine.submit(ticket, request, key))
+
+        def send() -> tuple[int, Any] | None:
+            try:
+                self.engine.submit(ticket, request, key)
+            except ThriftyError as refused:
+                return ticket, refused
+            return None
+
+        self._outbox.append(send)
         return ticket
 
     def limit(self, ticket: int, tokens: int) -> None:
@@ -74,24 +113,56 @@ class Runner:
 
     # Turning the wheel ----------------------------------------------------------------------------
 
-    def _work(self, outbox: list[Callable[[], None]]) -> list[tuple[int, Any]]:
-        for send in outbox:
-            send()
-        return self.engine.poll()
+    def _work(self, outbox: list[Send]) -> list[tuple[int, Any]]:
+        refused = [reply for send in outbox if (reply := send()) is not None]
+        return [*refused, *self.engine.poll()]
 
-    def _take_outbox(self) -> list[Callable[[], None]]:
+    def _take_outbox(self) -> list[Send]:
         outbox, self._outbox = self._outbox, []
         return outbox
 
-    def _deliver(self, replies: list[tuple[int, Any]]) -> list[Job]:
-        """Hand replies to their nodes; return the jobs that have finished."""
-        touched: dict[Job, None] = {}
-        for ticket, reply in replies:
-            job, done = self._waiting.pop(ticket)
-            job.rows_out -= 1
-            done(reply)
-            touched[job] = None
-        return [job for job in touched if job.finished]
+    def _deliver(self, ticket: int, reply: Any) -> Job:
+        """Hand a reply to its node; return the job. Raises what the engine refused, and what the strategy raises."""
+        job, done = self._waiting.pop(ticket)
+        job.rows_out -= 1
+        if isinstance(reply, Exception) and not isinstance(reply, RowFailed):
+            raise reply
+        self._watch(reply)
+        done(reply)
+        return job
+
+    def _watch(self, reply: Any) -> None:
+        """Count rows that fail for one reason of the server's; raises ThriftyError where nothing else comes."""
+        if not isinstance(reply, RowFailed):
+            self.answered += 1
+            self._outage = ("", 0)
+            return
+        name, times = self._outage
+        self._outage = (reply.outage, times + 1 if reply.outage == name else 1)
+        if reply.outage and self._outage[1] >= OUTAGE:
+            self._outage = ("", 0)
+            raise _Outage(f"{reply} ({OUTAGE} rows in a row failed alike, so the others were stopped)") from reply
+
+    def _expire(self, jobs: Iterable[Job]) -> None:
+        """Stop the rows of jobs whose time is over."""
+        for job in jobs:
+            if job.late and not job.expired:
+                job.expired = True
+                for ticket, (owner, _) in self._waiting.items():
+                    if owner is job:
+                        self.limit(ticket, 0)
+
+    def _drop(self) -> None:
+        """Stop all rows and wait for them, so that the engine is left empty."""
+        unsent, self._outbox = self._outbox, []
+        for send in unsent:  # some of the rows that are waited for
+            if (reply := send()) is not None:
+                self._waiting.pop(reply[0], None)
+        for ticket in self._waiting:
+            self.engine.limit(ticket, 0)
+        while self._waiting:
+            for ticket, _ in self.engine.poll():
+                self._waiting.pop(ticket, None)
 
     def solve(
         self,
@@ -102,13 +173,14 @@ class Runner:
     ) -> list[Outcome]:
         """Solve all problems; outcomes come back in their order, ``on_outcome`` hears each as it ends.
 
-        Raises ThriftyError, before any request, where the engine lacks what the strategy's card needs.
+        Raises ThriftyError, before any request, where the engine lacks what the strategy's card needs; and where no row
+        ever came back, or ``OUTAGE`` in a row failed for one reason of the server's.
         """
         capabilities.check(strategy, self.engine)
         outcomes: dict[int, Outcome] = {}
         queue = list(enumerate(problems))[::-1]
         running: dict[Job, int] = {}
-        finished: list[Job] = []
+        finished: dict[Job, None] = {}
         while queue or running:
             while queue and len(running) < self.concurrency:
                 index, problem = queue.pop()
@@ -116,20 +188,39 @@ class Runner:
                 running[job] = index
                 job.root.start()
                 if job.finished:
-                    finished.append(job)
+                    finished[job] = None
             if not finished:
-                finished = self._deliver(self._work(self._take_outbox()))
+                self._expire(running)
+                replies = self._work(self._take_outbox())
+                finished = self._turned(replies)
             for job in finished:
                 outcome = outcomes[running.pop(job)] = job.outcome()
                 if on_outcome is not None:
                     on_outcome(outcome)
-            finished = []
+            finished = {}
+        failed = [outcome.failed for outcome in outcomes.values() if outcome.failed is not None]
+        if failed and not self.answered:
+            raise failed[0]
         return [outcomes[i] for i in range(len(problems))]
+
+    def _turned(self, replies: list[tuple[int, Any]]) -> dict[Job, None]:
+        """The jobs that have finished with these replies."""
+        try:
+            jobs = {self._deliver(ticket, reply): None for ticket, reply in replies}
+        except Exception:
+            for ticket, _ in replies:
+                self._waiting.pop(ticket, None)
+            self._drop()
+            raise
+        return {job: None for job in jobs if job.finished}
 
     async def asolve(
         self, strategy: Strategy, problem: Problem, seed: int = 0, emit: Callable[[str], None] = lambda text: None
     ) -> Outcome:
-        """Solve one problem among others that are under way. Cancelling the caller stops its rows."""
+        """Solve one problem among others that are under way. Cancelling the caller stops its rows.
+
+        Raises what ``solve`` does, but a run is never over here: a problem whose rows all failed is a failed outcome.
+        """
         capabilities.check(strategy, self.engine)
         job = Job(self, problem, strategy, seed, emit)
         future = self._futures[job] = asyncio.get_running_loop().create_future()
@@ -140,7 +231,7 @@ class Runner:
             if self._pump is None or self._pump.done():
                 self._pump = asyncio.create_task(self._turn())
             return await future
-        except asyncio.CancelledError:
+        except BaseException:
             job.root.stop()
             raise
         finally:
@@ -149,12 +240,25 @@ class Runner:
     async def _turn(self) -> None:
         try:
             while self._waiting:
-                replies = await asyncio.to_thread(self._work, self._take_outbox())
-                for job in self._deliver(replies):
+                self._expire(self._futures)
+                for ticket, reply in await asyncio.to_thread(self._work, self._take_outbox()):
+                    job = self._waiting[ticket][0]
+                    try:
+                        self._deliver(ticket, reply)
+                    except Exception as fault:
+                        self._fail(list(self._futures) if isinstance(fault, _Outage) else [job], fault)
+                        continue
                     future = self._futures.get(job)
-                    if future is not None and not future.done():
+                    if job.finished and future is not None and not future.done():
                         future.set_result(job.outcome())
         except Exception as fault:
-            for future in self._futures.values():
-                if not future.done():
-                    future.set_exception(fault)
+            self._fail(list(self._futures), fault)
+
+    def _fail(self, jobs: list[Job], fault: Exception) -> None:
+        """End ``jobs`` with ``fault`` and stop their rows; the other callers' go on."""
+        for job in jobs:
+            future = self._futures.get(job)
+            if future is not None and not future.done():
+                future.set_exception(fault)
+            with contextlib.suppress(Exception):
+                job.root.stop()

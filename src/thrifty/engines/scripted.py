@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from thrifty.contracts import END_OF_THOUGHT, Finish, Hidden, Sample, Score, Scores, Span, Trace, Usage
+from thrifty.contracts import END_OF_THOUGHT, Finish, Hidden, RowFailed, Sample, Score, Scores, Span, Trace, Usage
 from thrifty.engines.capabilities import CAPABILITIES
 
 CLOSE = "</think>"
+FAILS = "<|fails|>"
+"""A row whose script comes to a word that begins so fails there; what follows in the word names an outage."""
 Script = Callable[[str, tuple[Hashable, ...]], str]
 """``script(prompt, key) -> the whole response``; ``key`` is (seed, problem id, *path, index)."""
 
@@ -27,7 +29,10 @@ class _Row:
 
 
 class ScriptedEngine:
-    """``script`` writes whole responses; a prefix continues the script of the same key's response after it."""
+    """``script`` writes whole responses; a prefix continues the script of the same key's response after it.
+
+    A word ``FAILS`` in a response fails the row there; ``script`` and ``score`` may also raise ``RowFailed``.
+    """
 
     name = "scripted"
     capabilities = CAPABILITIES["scripted"]
@@ -37,7 +42,7 @@ class ScriptedEngine:
         self.words: list[str] = []
         self.ids: dict[str, int] = {}
         self.rows: list[_Row] = []
-        self.replies: list[tuple[int, Trace | Scores]] = []
+        self.replies: list[tuple[int, Trace | Scores | RowFailed]] = []
         self.generated = 0
 
     def encode(self, text: str) -> list[int]:
@@ -65,7 +70,7 @@ class ScriptedEngine:
             if row.ticket == ticket:
                 row.limit = tokens if row.limit is None else min(row.limit, tokens)
 
-    def poll(self) -> list[tuple[int, Trace | Scores]]:
+    def poll(self) -> list[tuple[int, Trace | Scores | RowFailed]]:
         for _ in range(16):
             if self.replies:
                 break
@@ -81,6 +86,13 @@ class ScriptedEngine:
         if row.request.max_tokens is not None and row.made >= row.request.max_tokens:
             return self._end(row, "length")
         if row.made < len(row.reply):
+            if (word := self.words[row.reply[row.made]]).startswith(FAILS):
+                self._end(row, "cancelled")
+                ticket, made = self.replies.pop()
+                assert isinstance(made, Trace)
+                failed = RowFailed("the script says that this row fails", word.removeprefix(FAILS), made)
+                self.replies.append((ticket, failed))
+                return None
             row.made += 1
             self.generated += 1
             word = self.words[row.reply[row.made - 1]]

@@ -22,6 +22,7 @@ def summarise(
 
     Accuracy is the share of gradable problems (``Problem.gradable``) answered right, with a 95 % interval; null where
     there are none. The others are counted in "ungraded"; their tokens stand in the means, but buy no right answer.
+    Problems that the engine failed ("failed") were not answered right: they stand in accuracy and means.
     ``price`` is money per million input and output tokens (cached input is charged as input: an upper bound).
     ``reference`` are the outcomes of another setting on the same problems: "agreement" is then the share of problems on
     which both gave the same parsed answer, for logs without gold.
@@ -40,6 +41,7 @@ def summarise(
         "tried": _mean([len(o.tried) for o in outcomes]),
         "unparsed": sum(o.grade.parsed is None for o in outcomes),
         "ungraded": sum(not o.problem.gradable for o in outcomes),
+        "failed": sum(o.failed is not None for o in outcomes),
     }
     if outcomes:
         thought = [u.thought for u in usage]

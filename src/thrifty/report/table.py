@@ -20,6 +20,9 @@ def table(result: Mapping[str, Any]) -> Table:
     measure = "accuracy" if any(s["accuracy"] is not None for s in settings) else "agreement"
     title = f"{result.get('recipe', '')} · {result.get('task', '')} · {result.get('n', '?')} problems"
     caption = f"Means per problem. Change: of thinking tokens, against {base['name']}."
+    failed = any(s.get("failed") for s in settings)
+    if failed:
+        caption += " Failed: given up by the engine, and counted as not answered."
     made = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     made.add_column("setting", no_wrap=True)
     made.add_column(f"{measure} (95 %)", justify="right", no_wrap=True)
@@ -28,6 +31,8 @@ def table(result: Mapping[str, Any]) -> Table:
     priced = any(s.get("money") is not None for s in settings)
     if priced:
         made.add_column("money", justify="right", no_wrap=True)
+    if failed:
+        made.add_column("failed", justify="right", no_wrap=True)
     for s in settings:
         low, high = s.get(f"{measure}_low"), s.get(f"{measure}_high")
         cells: list[Text | str] = [
@@ -39,7 +44,8 @@ def table(result: Mapping[str, Any]) -> Table:
             number(s.get("tokens_per_right_answer")),
             number(s.get("seconds"), 3),
         ]
-        made.add_row(*cells, *([number(s.get("money"), 6)] if priced else []))
+        cells += [number(s.get("money"), 6)] if priced else []
+        made.add_row(*cells, *([number(s.get("failed"), 0)] if failed else []))
     return made
 
 
