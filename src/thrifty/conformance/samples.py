@@ -66,8 +66,10 @@ def wrong(problem: Problem) -> str:
 
 
 def thought(problem: Problem, style: str = "long", seed: int = 0) -> str:
-    """A right chain for the problem, written by the task's tracer."""
+    """A right chain for the problem by the task's tracer; a sentence for a problem that is none of the task's."""
     steps: Any = task()
+    if "content" not in problem.meta:
+        return f"so {problem.answer} ."
     return tracing.text_of(steps.trace(problem, tracing.style(style), random.Random(f"{problem.id}|{seed}")))
 
 
@@ -152,7 +154,7 @@ def context(seed: int = 0) -> Context:
     """A context with all that a verb may use; its strategies run on the scripted engine."""
 
     def solve(strategy: Strategy, asked: Sequence[Problem]) -> list[Outcome]:
-        return Runner(Playbook(), task()).solve(strategy, asked)
+        return Runner(Playbook(asked=asked), task()).solve(strategy, asked)
 
     return Context(task=task(), solve=solve, rng=random.Random(seed), tokenizer=Words())
 
@@ -176,7 +178,7 @@ class Playbook(ScriptedEngine):
     """Answers by a script that depends on the problem and the request's key: right, wrong, unparsable, never closing.
 
     Log-probabilities, entropies and hidden states are numbers drawn from the text they belong to. ``by_text``: answers
-    depend on prompt and prefix in place of the key.
+    depend on prompt and prefix in place of the key. It knows the task's first ``n`` problems, or those in ``asked``.
     """
 
     def __init__(
@@ -186,9 +188,10 @@ class Playbook(ScriptedEngine):
         batch_size: int = 64,
         n: int = 8,
         by_text: bool = False,
+        asked: Sequence[Problem] | None = None,
     ) -> None:
-        asked = {problem.id: problem for problem in problems(n)}
-        super().__init__(lambda prompt, key: script(asked[str(key[1])], key, mode), _score, batch_size)
+        known = {problem.id: problem for problem in (problems(n) if asked is None else asked)}
+        super().__init__(lambda prompt, key: script(known[str(key[1])], key, mode), _score, batch_size)
         self.capabilities, self.by_text = capabilities, by_text
 
     def thinking(self, prompt: Prompt) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,8 @@ from thrifty.engines.local import LocalEngine
 from thrifty.lab import ADAPTER, Lab, Report, Setting, choose, verdict
 from thrifty.models.load import Loaded, wrap
 from thrifty.recipes._lora import LoraRecipe, tokens
+from thrifty.solve.search.single_pass import SinglePass
+from thrifty.traces.compress.random_steps import drop
 from thrifty.tune.batches import Example, Shuffled
 
 CARD = Card(
@@ -43,13 +46,38 @@ CARD = Card(
     saves=("tokens", "latency"),
     needs=("adapters",),
 )
+CLAIM = {
+    "says": "A LoRA that learnt short right chains makes a long reasoner think less at the same accuracy, and half its "
+    "strength lies between.",
+    "parts": [
+        {"name": "tokens", "test": "superior", "better": "lower", "on": "log ratio", "smallest": 0.36},
+        {"name": "accuracy", "test": "non-inferior", "margin": 0.03},
+        {"name": "from 0 to 1/2", "test": "superior", "better": "lower", "on": "log ratio", "smallest": 0.05},
+        {"name": "from 1/2 to 1", "test": "superior", "better": "lower", "on": "log ratio", "smallest": 0.05},
+    ],
+    "comparator": None,
+    "settings": {"train_n": 1000, "steps": 60, "train_batch_size": 64},
+    "student": "long",
+    "tasks": ["roll"],
+    "n": 500,
+    "seeds": 3,
+    "unit": "student",
+    "match": "the same student, sampler and problems; the comparator is the student as it is, training is extra",
+    "gates": {"accuracy of the student": [0.4, 0.995]},
+    "placebo": {"short_from": "random"},
+}
+OWN = ("gold", "compress", "random")
+"""Where short chains come from that no other model writes."""
 
 
 @dataclass(frozen=True)
 class CotValve(LoraRecipe):
     short_from: str = field(
         default="gold",
-        metadata={"help": "short chains: gold (the task's), compress (the model's own, shortened) or a model"},
+        metadata={
+            "help": "short chains: gold (the task's), compress (the model's own, shortened) or a model; random (its "
+            "own, cut at random to the task's lengths) is no valve, but what one is compared with"
+        },
     )
     tuning: Literal["plain", "++", "+p"] = field(default="plain", metadata={"help": "plain, ++ or +p (progressive)"})
     mixchain: Literal["c", "z"] = field(default="c", metadata={"help": "where MixChain's chains come from"})
@@ -79,14 +107,7 @@ class CotValve(LoraRecipe):
         self.check(lab)
         test = lab.problems(lab.split, lab.n)
         calibration = self._calibration(lab)
-        train = lab.problems("train", self.train_n)
-
-        if self.tuning == "plain":
-            short = self._short_chains(lab, train)
-            adapter = self.tune(lab, "valve", self.shuffled(lab, tokens(lab, short)))
-        else:
-            groups = self._mixchain(lab, train)
-            adapter = self.tune(lab, "valve", self._mixed_source(lab, groups))
+        adapter = self.tuned(lab)
         lab.publish("valve/adapter", "adapter")
         engine = lab.engine(adapter=adapter)
 
@@ -115,6 +136,14 @@ class CotValve(LoraRecipe):
             best=best,
             calibration=chosen,
         )
+
+    def tuned(self, lab: Lab) -> Path:
+        """Folder of the LoRA, stage "valve" of the lab. Resumes."""
+        train = lab.problems("train", self.train_n)
+        if self.tuning == "plain":
+            short = self._short_chains(lab, train)
+            return self.tune(lab, "valve", self.shuffled(lab, tokens(lab, short)))
+        return self.tune(lab, "valve", self._mixed_source(lab, self._mixchain(lab, train)))
 
     def _turn(self, lab: Lab, stage: str, problems: Sequence[Problem], engine: LocalEngine) -> list[Setting]:
         """The problems at every strength, and at 0."""
@@ -151,6 +180,16 @@ class CotValve(LoraRecipe):
             compressor = registry.load("key-steps")()
             chains = [c for c in compressor.compress(own, lab.context(random.Random(lab.seed))) if c is not None]
             remedy = "the model solved none of the training problems: give an easier task or a longer --max-tokens"
+        elif self.short_from == "random":
+            own = lab.chains(lab.solve("own-chains", self.sampler, train), "own")
+            rng, gold = random.Random(lab.seed), {p.id: p.meta.get("chain") for p in train}
+            sizes = [len(str(gold[c.problem.id] or "")) for c in own]
+            chains = [
+                replace(c, thought=drop(c.thought, n, rng), source="random")
+                for c, n in zip(own, sizes, strict=True)
+                if n
+            ]
+            remedy = "the task has no reference chains, or the model solved none of its problems"
         else:
             chains = lab.chains(
                 lab.solve("short-chains", self.sampler, train, lab.engine(self.short_from)), self.short_from
@@ -223,9 +262,9 @@ class CotValve(LoraRecipe):
             raise ThriftyError(f"tuning is {self.tuning!r}; choose plain, ++ or +p")
         if self.mixchain not in ("c", "z"):
             raise ThriftyError(f"mixchain is {self.mixchain!r}; choose c or z")
-        if self.mixchain == "z" and self.tuning != "plain" and self.short_from in ("gold", "compress"):
+        if self.mixchain == "z" and self.tuning != "plain" and self.short_from in OWN:
             raise ThriftyError("MixChain-Z samples along the difference of two models: give --short-from MODEL")
-        if self.short_from not in ("gold", "compress"):
+        if self.short_from not in OWN:
             lab.loaded(self.short_from)  # a wrong name is told before any work
         if not self.alphas or any(not np.isfinite(a) for a in self.alphas):
             raise ThriftyError(f"alphas must be numbers, at least one, not {self.alphas}")
@@ -233,7 +272,7 @@ class CotValve(LoraRecipe):
             raise ThriftyError(f"alphas must differ: {', '.join(f'{a:g}' for a in self.alphas)}")
 
     def _reference(self, lab: Lab) -> str | None:
-        if self.reference or self.short_from not in ("gold", "compress"):
+        if self.reference or self.short_from not in OWN:
             return self.reference or self.short_from
         student, _, seed = lab.model.partition("-")
         if student == "long":
@@ -287,3 +326,34 @@ def _between(lab: Lab, short: str, alpha: float) -> Loaded:
     model = copy.deepcopy(here.model)
     model.load_state_dict({k: v + alpha * (theirs[k] - v) if v.is_floating_point() else v for k, v in mine.items()})
     return wrap(model, here.tokenizer, f"{lab.model} + {alpha:g} ({short} - {lab.model})")
+
+
+def claim(trial: Any) -> dict[str, Any]:
+    """New tokens and accuracy at strength 1 and new tokens at 1/2, against the student as it is."""
+    problems, sampler = trial.problems(), SinglePass()
+    if trial.arm == "comparator":
+        tokens_long, right = _measured(trial.solve(sampler, problems))
+        trial.gate("accuracy of the student", float(np.mean(right)))
+        at_half = trial.other["from 0 to 1/2"]
+        return {"tokens": tokens_long, "accuracy": right, "from 0 to 1/2": tokens_long, "from 1/2 to 1": at_half}
+    given = trial.method
+    method = replace(given, train_n=trial.scaled(given.train_n), steps=trial.scaled(given.steps))
+
+    def make(folder: Path) -> None:
+        lab = trial.lab()
+        lab.folder = folder
+        method.tuned(lab)
+
+    adapter = trial.once("valve", make, method) / "stages" / "valve" / "adapter"
+    found = {}
+    for alpha in (0.25, 0.75, 1.25, 0.5, 1.0):  # the first three are secondary, on fewer problems
+        few = problems if alpha in (0.5, 1.0) else problems[:150]
+        found[alpha] = _measured(trial.solve(sampler, few, adapter=adapter, alpha=alpha))
+        trial.note(f"tokens at {alpha:g}", float(np.mean(found[alpha][0])))
+        trial.note(f"accuracy at {alpha:g}", float(np.mean(found[alpha][1])))
+    (full, right), (half, _) = found[1.0], found[0.5]
+    return {"tokens": full, "accuracy": right, "from 0 to 1/2": half, "from 1/2 to 1": full}
+
+
+def _measured(outcomes: Sequence[Any]) -> tuple[list[int], list[float]]:
+    return [o.usage.generated for o in outcomes], [float(o.grade.right) for o in outcomes]

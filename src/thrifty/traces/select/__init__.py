@@ -1,0 +1,1 @@
+"""Selectors: a pool of chains in, the indices of those to train on out."""
