@@ -385,11 +385,11 @@ def test_claims_share_the_samples_of_the_bank(project, monkeypatch):
     first = run(project)
     assert first["verdict"] in ("refuted", "inconclusive")
     assert [u["method"]["accuracy"]["n"] for u in first["units"]] == [60] * 3
-    sampled = len(list(Path("runs/claims").rglob("_Samples-*")))
+    sampled = len(list(Path("runs/claims").rglob("Samples-*")))
     assert sampled == 6  # two blocks of each of three students
     project.write_text(project.read_text().replace("the first", "another"))
     assert run(project)["units"] != first["units"]
-    assert len(list(Path("runs/claims").rglob("_Samples-*"))) < 2 * sampled
+    assert len(list(Path("runs/claims").rglob("Samples-*"))) < 2 * sampled
 
 
 def test_a_family_without_a_placebo_makes_claims_register_one(project, monkeypatch):

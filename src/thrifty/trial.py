@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from thrifty import assets, evidence, tasks
-from thrifty.contracts import Outcome, Problem, Sample, Split, Task, ThriftyError, Usage
+from thrifty.contracts import Outcome, Problem, Split, Task, ThriftyError, Usage
 from thrifty.evidence import Claim, digest
 from thrifty.files import write_json
 from thrifty.lab import ADAPTER, Lab
 from thrifty.progress import Progress
 from thrifty.tune import checkpoint
+from thrifty.tune.answers import Samples
 
 POOL = 2000
 """Problems of the shared bank per student, of which every claim takes its own."""
@@ -169,7 +170,7 @@ class Trial:
         samples: list[list[Outcome]] = []
         while len(problems) < self.n and blocks:
             block = blocks.pop()
-            for o in self.solve(_Samples(k, temperature, top_p), block, model):
+            for o in self.solve(Samples(k, temperature, top_p=top_p), block, model):
                 graded = [(t, task.grade(o.problem, t.response if t.complete else "")) for t in o.tried]
                 samples.append([Outcome(o.problem, t, grade, [t], t.usage) for t, grade in graded])
             problems += block
@@ -235,18 +236,6 @@ class Trial:
     def _measured_on(self, problems: Sequence[Problem]) -> None:
         self.strata = [f"{p.task}/{p.level}" for p in problems]
         self.own = [p.id for p in problems]
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """``k`` passes of the student: what the bank holds."""
-
-    k: int
-    temperature: float
-    top_p: float
-
-    def solve(self, problem: Problem, rng: random.Random) -> Any:
-        return (yield Sample(problem.prompt, n=self.k, temperature=self.temperature, top_p=self.top_p))[0]
 
 
 _task = cache(tasks.load)

@@ -23,11 +23,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from thrifty.contracts import Card, Chain, Outcome, Problem, Sample, Talk, ThriftyError, Trace
+from thrifty.contracts import Card, Chain, Outcome, Problem, ThriftyError, Trace
 from thrifty.lab import ADAPTER, Lab, Report, Setting, unusable, verdict
 from thrifty.models.load import Loaded, load, wrap
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.tune.adapter import lora
+from thrifty.tune.answers import Samples
 from thrifty.tune.batches import Example, Pair, Shuffled, examples
 from thrifty.tune.credit import GroupRelative, centred, constant_length
 from thrifty.tune.objective.dpo import DPO
@@ -62,16 +63,6 @@ CLAIM = {
     "gates": {"accuracy of the student": [0.4, 0.995]},
     "placebo": {"prefer": "random"},
 }
-
-
-@dataclass(frozen=True)
-class _Samples:
-    n: int
-    temperature: float
-    top_p: float
-
-    def solve(self, problem: Problem, rng: random.Random) -> Talk:
-        return (yield Sample(problem.prompt, n=self.n, temperature=self.temperature, top_p=self.top_p))[0]
 
 
 @dataclass(frozen=True)
@@ -206,7 +197,7 @@ class KimiLong2short:
     # ---- chains -------------------------------------------------------------------------------------
 
     def _own(self, lab: Lab) -> list[Outcome]:
-        sampler = _Samples(self.samples, self.temperature, self.top_p)
+        sampler = Samples(self.samples, self.temperature, top_p=self.top_p)
         return lab.solve("own-samples", sampler, lab.problems("train", self.train_n))
 
     def _chosen(self, lab: Lab) -> list[tuple[Outcome, Trace, list[Trace]]]:

@@ -23,10 +23,11 @@ class Samples:
     temperature: float = 1.0
     want: frozenset[str] = frozenset()
     prompt: Callable[[Problem], Prompt] | None = None
+    top_p: float | None = None
 
     def solve(self, problem: Problem, rng: random.Random) -> Talk:
         asked = self.prompt(problem) if self.prompt is not None else problem.prompt
-        traces = yield Sample(asked, n=self.n, temperature=self.temperature, want=self.want)
+        traces = yield Sample(asked, n=self.n, temperature=self.temperature, top_p=self.top_p, want=self.want)
         return traces[0]
 
 
