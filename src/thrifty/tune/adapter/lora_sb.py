@@ -14,8 +14,9 @@ Paper: Ponkshe, Singhal et al. 2024, Initialization using Update Approximation i
 Efficient Low-Rank Fine-Tuning, arXiv 2411.19557. A new kind of peft adapter (``LORA_SB``); peft's ``convert_to_lora``
 at the same rank makes an exact LoRA of it.
 ``start="weights"`` is LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): B = U_r S_r and A = V_r^T of W0.
-Differs: the SVD is exact where the smaller side of a matrix has at most 1,024 rows; ``eta`` is made of ``lr`` and
-``warmup`` fields, which should be those of the training that follows.
+Differs: the SVD is exact where the smaller side of a matrix has at most 1,024 rows, and looks for eight directions
+more than are kept where it is randomised; ``eta`` is made of ``lr`` and ``warmup`` fields, which should be those of the
+training that follows.
 
 >>> import torch
 >>> step = -0.5 * torch.tensor([[5., -1.], [3., -7.]]).sign()          # dW = [[-.5, .5], [-.5, .5]]

@@ -12,9 +12,10 @@ limits:
 The gradient on s_n vanishes at s_n = (T + s_p) / 2, that is at s_p* - beta for p = p*: below that nothing is pushed.
 
 Paper: Wang, Li et al. 2023, Making Large Language Models Better Reasoners with Alignment, arXiv 2309.02144.
-Differs: the reference's loss is a mean per question, not over the batch's tokens. The authors' ``beta`` could not be
-checked; 0.1 (mean log-probability) is ours, and the default limit is the detached one, which needs none. The ranking
-form (ordered feedback) is left out.
+Differs: the reference's loss is a mean per question, not over the batch's tokens; ``examples`` takes the first right
+chain for the reference, where the paper has the data set's. The authors' ``beta`` could not be checked; 0.1 (mean
+log-probability) is ours, and the default limit is the detached one, which needs none. The ranking form (ordered
+feedback) is left out.
 
 >>> import torch
 >>> right, wrong = torch.tensor([-1.0]), torch.tensor([-1.0])
