@@ -53,7 +53,6 @@ CLAIM = {
     "gates": {"accuracy of the student": [0.4, 0.995], "short chains alone lose": [0.05, None]},
     "placebo": {"teach": "mixed"},
 }
-Teach = Literal["both", "short", "mixed"]
 STAGES = {"both": "c3ot", "short": "short-only", "mixed": "no-condition"}
 
 
@@ -64,7 +63,7 @@ class C3oT(LoraRecipe):
     )
     short_condition: str = field(default="in brief :", metadata={"help": "words that ask for a short chain"})
     compressor: str = field(default="key-steps", metadata={"help": "key of a traces.compress method"})
-    teach: Teach = field(
+    teach: Literal["both", "short", "mixed"] = field(
         default="both", metadata={"help": "both lengths under their words; short chains alone; or mixed, without words"}
     )
     steps: int = field(default=80, metadata={"help": "optimiser steps per LoRA"})
@@ -73,7 +72,7 @@ class C3oT(LoraRecipe):
     @property
     def arms(self) -> list[C3oT]:
         """This one, and those that it is compared with."""
-        others: tuple[Teach, ...] = ("short", "mixed") if self.ablations else ()
+        others: tuple[Literal["short", "mixed"], ...] = ("short", "mixed") if self.ablations else ()
         return [self, *(replace(self, teach=teach) for teach in others if teach != self.teach)]
 
     def passes(self, n: int) -> dict[str, int]:
