@@ -35,13 +35,16 @@ def documents(n=4, seed=0):
     ]
 
 
-def arguments(folder, **changes):
-    settings = {
+def settings(folder, **changes):
+    return {
         "output_dir": str(folder), "use_cpu": True, "report_to": [], "max_steps": 1, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd",
         "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
-    return TrainingArguments(**(settings | changes))
+    } | changes  # fmt: skip
+
+
+def arguments(folder, **changes):
+    return TrainingArguments(**settings(folder, **changes))
 
 
 def gradients(model, objective, items):
@@ -120,6 +123,30 @@ def test_labels_are_those_that_transformers_computes_the_same_loss_from():
     theirs = model(input_ids=given["input_ids"], labels=given["labels"]).loss
     ours, _ = NLL().loss(model, given["batch"], 0, {})
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_trls_sft_trainer_computes_the_same_loss_without_and_with_it(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    class ObjectiveSFTTrainer(ObjectiveMixin, trl.SFTTrainer):
+        pass
+
+    rows = [{"prompt": f"{i} + {i} =", "completion": " and" * i + f" {2 * i}"} for i in range(4)]
+    lines = []
+    for kind, more in ((trl.SFTTrainer, {}), (ObjectiveSFTTrainer, {"objective": NLL()})):
+        tokenizer = tiny.tokenizer("none")
+        args = trl.SFTConfig(
+            **settings(tmp_path), bf16=False, gradient_checkpointing=False, max_length=64,
+        )  # fmt: skip
+        trainer = kind(
+            tiny.model(len(tokenizer)), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **more
+        )
+        trainer.train()
+        lines.append(trainer.state.log_history[0])
+    assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], abs=1e-3)
+    assert lines[1]["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-3)
 
 
 def test_what_a_trainer_cannot_train_is_refused(tmp_path):

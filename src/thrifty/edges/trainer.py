@@ -41,10 +41,11 @@ def collator(items: Sequence[Example | Pair]) -> dict[str, Any]:
 class ObjectiveMixin:
     """Stand it before ``Trainer`` (or trl's ``SFTTrainer``) and give ``objective``; default: ``NLL``.
 
-    The data set is a list of examples or pairs, or whatever another ``data_collator`` makes ``input_ids`` and
-    ``labels`` of (one document per row). The loss is the mean over the whole step: all batches that are accumulated and
-    all processes. What the objective logs is logged beside the loss. Raises ThriftyError for objectives that train
-    parts of their own and for examples with a strength: ``thrifty.tune.supervised.train`` has both.
+    The data set is a list of examples or pairs, or whatever another ``data_collator`` (trl's own, too) makes
+    ``input_ids`` and ``labels`` of, one document per row. The loss is the mean over the whole step: all batches that
+    are accumulated and all processes. What the objective logs is logged beside the loss. Raises ThriftyError for
+    objectives that train parts of their own and for examples with a strength: ``thrifty.tune.supervised.train`` has
+    both.
     """
 
     loss_is_scaled_for_ga = True
@@ -53,7 +54,8 @@ class ObjectiveMixin:
         self.objective: Objective = objective or NLL()
         self._logged: dict[str, float] = {}
         self._logged_at = 0
-        if kwargs.get("data_collator") is None and len(args) < 3:
+        data = kwargs.get("train_dataset") or kwargs.get("eval_dataset")
+        if isinstance(data, list) and isinstance(data[0], Example | Pair) and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator
         super().__init__(*args, **kwargs)
         parts = self.objective.modules(self.model)  # type: ignore[attr-defined]
