@@ -91,7 +91,10 @@ class Exchange:
 
 
 class FaultyProxy:
-    """``url`` is the base URL. ``always`` spoils what no ``spoil`` does; ``exchanges`` are all requests so far."""
+    """``url`` is the base URL. ``always`` spoils what no ``spoil`` does; ``exchanges`` are all requests so far.
+
+    ``open`` and ``upstream_open`` count the connections of clients, and to the server, that stand now.
+    """
 
     def __init__(self, upstream: str, always: Fault | None = None) -> None:
         host, _, port = upstream.removeprefix("http://").partition("/")[0].partition(":")
@@ -99,7 +102,7 @@ class FaultyProxy:
         self.exchanges: list[Exchange] = []
         self.most = 0
         self._queue: deque[Fault] = deque()
-        self._open = 0
+        self.open = self.upstream_open = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -120,6 +123,10 @@ class FaultyProxy:
         """Spoil the next requests, one after the other."""
         self._queue.extend(faults)
 
+    def forgive(self) -> None:
+        """Drop what was to be spoilt and was not."""
+        self._queue.clear()
+
     async def _end(self) -> None:
         self._server.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -128,13 +135,13 @@ class FaultyProxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
-        self.most = max(self.most, self._open)
+        self.open += 1
+        self.most = max(self.most, self.open)
         try:
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
                 await self._serve(reader, writer)
         finally:
-            self._open -= 1
+            self.open -= 1
             writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -163,6 +170,7 @@ class FaultyProxy:
         self, fault: Fault, exchange: Exchange, first: str, content: bytes, writer: asyncio.StreamWriter
     ) -> None:
         reader, up = await asyncio.open_connection(*self.upstream)
+        self.upstream_open += 1
         try:
             head = f"{first}\r\nhost: {self.upstream[0]}\r\ncontent-type: application/json\r\n"
             up.write(f"{head}connection: close\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
@@ -185,6 +193,7 @@ class FaultyProxy:
             await _chunk(writer, b"")
             exchange.done = True
         finally:
+            self.upstream_open -= 1
             up.close()
         return None
 

@@ -17,11 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from thrifty.contracts import Sample, Trace
+from faulty_proxy import FaultyProxy, Rewrite
+from thrifty import assets, tasks
+from thrifty.contracts import Problem, RowFailed, Sample, Trace
 from thrifty.engines.local import LocalEngine
+from thrifty.engines.openai import OpenAIEngine, Patience
 from thrifty.models.chat import ChatFormat
 from thrifty.models.load import Loaded
 
+LONG = str(assets.find("long"))
+QUICK = Patience(connect=5, first=300, stall=60, deadline=600, retries=2, backoff=0.01)
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Loopback is never reached through a proxy."""
 
@@ -64,11 +69,14 @@ def _answers(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def continuing_server(loaded: Loaded, template: str) -> Iterator[str]:
+def continuing_server(loaded: Loaded, template: str, scoring: str = "echo") -> Iterator[str]:
     """Chat completions as vLLM speaks them: ``continue_final_message``, ``logprobs``, ``stop_reason``; chains inline.
 
     Greedy; a token is an event; stop strings are left out of the text and named. ``template`` is the chat template.
+    Completions come whole and know no stop strings; they score their prompt by ``scoring``: "echo", "prompt_logprobs"
+    or "none".
     """
+    import torch
     import uvicorn
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
@@ -103,6 +111,28 @@ def continuing_server(loaded: Loaded, template: str) -> Iterator[str]:
         events = _dialect(loaded, replies[0][1], stops, bool(body.get("logprobs")))
         return StreamingResponse(events, media_type="text/event-stream")
 
+    @app.post("/v1/completions")
+    def completions(body: dict[str, Any]) -> Any:
+        prompt, new = body["prompt"], body["max_tokens"]
+        ids = prompt if isinstance(prompt, list) else loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        every = list(ids)
+        told: list[float | None] = [None]
+        with lock, torch.inference_mode():
+            chances = loaded.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+            told += chances[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+            for _ in range(new):
+                last = loaded.model(torch.tensor([every])).logits[0, -1].float().log_softmax(-1).max(-1)
+                every.append(int(last.indices))
+                told.append(float(last.values))
+        echo = scoring == "echo" and body.get("echo")
+        names = [loaded.tokenizer.decode([i]) for i in (every if echo else every[len(ids) :])]
+        choice: dict[str, Any] = {"index": 0, "text": "".join(names), "finish_reason": "length"}
+        if echo:
+            choice["logprobs"] = {"tokens": names, "token_logprobs": told}
+        elif scoring == "prompt_logprobs" and scoring in body:
+            choice[scoring] = [c and {str(i): {"logprob": c, "rank": 1}} for i, c in zip(ids, told)]
+        return {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": new}}
+
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -134,3 +164,36 @@ def _dialect(loaded: Loaded, trace: Trace, stops: tuple[str, ...], logprobs: boo
     usage = {"prompt_tokens": len(trace.prompt_ids), "completion_tokens": len(texts)}
     yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def respelt(change: Any) -> Rewrite:
+    def event(data: dict[str, Any]) -> dict[str, Any]:
+        for choice in data.get("choices", ()):
+            change(choice.get("delta", {}))
+        return data
+
+    return Rewrite(event=event)
+
+
+def run(engine: OpenAIEngine, *requests: Sample) -> list[Trace]:
+    for ticket, request in enumerate(requests):
+        engine.submit(ticket, request, (ticket,))
+    answers: dict[int, Any] = {}
+    until = time.monotonic() + 600
+    while engine.busy:
+        assert time.monotonic() < until, "rows do not end"
+        answers.update(engine.poll())
+    for answer in answers.values():
+        if isinstance(answer, RowFailed):
+            raise answer
+    return [answers[i] for i in range(len(requests))]
+
+
+def easy(n: int) -> list[Problem]:
+    task = tasks.load("roll")
+    return task.problems("test", n, levels=[min(task.levels)])
+
+
+def billed(proxy: FaultyProxy) -> int:
+    """New tokens by the server's own count, of all streams that reached their end."""
+    return sum((e.usage or {}).get("completion_tokens", 0) for e in proxy.exchanges)

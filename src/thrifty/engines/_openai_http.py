@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from thrifty.contracts import ThriftyError
+from thrifty.contracts import RowFailed, ThriftyError
 from thrifty.engines._openai_stream import Reply, Transient, events, message, parse
 
 try:
@@ -79,37 +79,41 @@ class Endpoint:
         body: dict[str, Any],
         start: Callable[[], Reply],
         enough: Callable[[Reply], bool] = lambda reply: False,
+        retries: int | None = None,
     ) -> Reply:
         """POST ``body`` to ``path`` and read the reply, each attempt into a new ``start()``.
 
         ``enough`` is asked after every delta; where it says True the stream is closed and what came is returned. Raises
-        TimeoutError at the deadline, ThriftyError where asking again does not help.
+        TimeoutError at the deadline, RowFailed where asking again does not help.
         """
         content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         async with asyncio.timeout(self.patience.deadline) as deadline:
             began = time.monotonic()
-            for attempt in range(self.patience.retries + 1):
+            retries = self.patience.retries if retries is None else retries
+            for attempt in range(retries + 1):
                 reply = start()
                 try:
                     return await self._attempt(path, content, reply, enough)
                 except Transient as fault:
-                    reason, after = str(fault), fault.after
+                    reason, after, outage = str(fault), fault.after, fault.name
                 except httpx2.TransportError as fault:
-                    reason, after = self._transport(fault), None
-                if attempt == self.patience.retries:
+                    reason, after, outage = self._transport(fault), None, "connection"
+                if attempt == retries:
                     break
                 pause = min(PAUSE, self.patience.backoff * 2**attempt) * random.uniform(0.5, 1.0)
                 pause = max(pause, after or 0.0)
                 left = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
                 if pause > left:
-                    raise ThriftyError(
+                    raise RowFailed(
                         f"{self.base_url} {reason} and asks for a pause of {pause:.0f} s, more than the "
-                        f"deadline leaves ({left:.0f} s): lower the concurrency, or raise the deadline"
+                        f"deadline leaves ({left:.0f} s): lower the concurrency, or raise the deadline",
+                        outage,
                     )
                 await asyncio.sleep(pause)
-        raise ThriftyError(
-            f"{self.base_url} {reason} ({self.patience.retries + 1} attempts in {time.monotonic() - began:.0f} s). "
-            "Is the server up, is this its address, and does it answer `curl`?"
+        raise RowFailed(
+            f"{self.base_url} {reason} ({retries + 1} attempts in {time.monotonic() - began:.0f} s). "
+            "Is the server up, is this its address, and does it answer `curl`?",
+            outage,
         )
 
     async def _attempt(self, path: str, content: bytes, reply: Reply, enough: Callable[[Reply], bool]) -> Reply:
@@ -124,13 +128,13 @@ class Endpoint:
                         break
                     url = self._redirect(url, response)
                 else:
-                    raise ThriftyError(f"{self.base_url} redirects in a circle: give the server's own URL")
+                    raise RowFailed(f"{self.base_url} redirects in a circle: give the server's own URL", "redirect")
                 if response.status_code != 200:
                     raise self._refusal(path, response, await _head(response))
                 kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind == "application/json":  # a server that does not stream
                     reply.streamed = False
-                    reply.feed(parse((await response.aread()).decode("utf-8", "replace")))
+                    reply.take(parse((await response.aread()).decode("utf-8", "replace")))
                     reply.finish = reply.finish or "stop"
                     enough(reply)
                     return reply
@@ -141,7 +145,7 @@ class Endpoint:
                     if data.strip() == "[DONE]":
                         reply.finish = reply.finish or "stop"
                         break
-                    if reply.feed(parse(data)):
+                    if reply.take(parse(data)):
                         timer.reschedule(clock() + patience.stall)
                         if enough(reply):
                             return reply
@@ -156,12 +160,14 @@ class Endpoint:
         """Where a redirect leads: within the same origin and with the method kept, nowhere else."""
         here, there = httpx2.URL(url), httpx2.URL(url).join(response.headers["location"])
         if (here.scheme, here.host, here.port) != (there.scheme, there.host, there.port):
-            raise ThriftyError(
+            raise RowFailed(
                 f"{self.base_url} redirects to another host, {there.scheme}://{there.host}:{there.port or ''}, "
-                "and the prompts and the key do not follow: if that is the server, give it as the base URL"
+                "and the prompts and the key do not follow: if that is the server, give it as the base URL",
+                "redirect",
             )
         if response.status_code not in (307, 308):
-            raise ThriftyError(f"{self.base_url} redirects to {there.path}, which drops the request: give that URL")
+            text = f"{self.base_url} redirects to {there.path}, which drops the request: give that URL"
+            raise RowFailed(text, "redirect")
         return str(there)
 
     def _refusal(self, path: str, response: Any, body: str) -> Exception:
@@ -174,7 +180,7 @@ class Endpoint:
         detail = found.get("error") if isinstance(found, dict) else None
         spent = isinstance(detail, dict) and detail.get("code") == "insufficient_quota"
         if (status in BUSY or (status >= 500 and status != 501)) and not spent:
-            return Transient(said, _retry_after(response.headers.get("retry-after", "")))
+            return Transient(said, _retry_after(response.headers.get("retry-after", "")), str(status))
         remedy = {
             401: f"set {self.key_env} to a valid key"
             if self.key_env
@@ -189,9 +195,10 @@ class Endpoint:
         cause: BaseException | None = fault
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise ThriftyError(
+                raise RowFailed(
                     f"the certificate of {self.base_url} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to "
-                    "the certificate authority's file, or mend the server's certificate"
+                    "the certificate authority's file, or mend the server's certificate",
+                    "certificate",
                 ) from fault
             cause = cause.__cause__ or cause.__context__
         if isinstance(fault, httpx2.ConnectError | httpx2.ConnectTimeout):
@@ -199,11 +206,11 @@ class Endpoint:
         return f"broke the connection ({message(str(fault)) or type(fault).__name__})"
 
 
-class Refused(ThriftyError):  # noqa: N818 - named like Transient, its counterpart
-    """A request that this server will never take."""
+class Refused(RowFailed):
+    """A request that this server will never take: this one alone (400, 413, 422), or any."""
 
     def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
+        super().__init__(text, "" if status in (400, 413, 422) else str(status))
         self.status = status
 
 

@@ -1,6 +1,6 @@
 """What a server really does, asked once: servers take fields that they ignore, and say so at best in their own log.
 
-Three requests of 16 tokens, two more where the server does not name stop strings, and one to three of one token.
+Three requests of 16 tokens, two more where the server does not name stop strings, and one to six of one token.
 Kept per base URL and model for the life of the process.
 """
 
@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from thrifty.contracts import ThriftyError
+from thrifty.contracts import RowFailed, ThriftyError
 from thrifty.engines._openai_http import Endpoint, Refused
+from thrifty.engines._openai_score import WAYS, told
 from thrifty.engines._openai_stream import Reply
 from thrifty.engines._openai_text import Text
 
@@ -39,6 +40,8 @@ class Facts:
     continuation: Literal["completions", "chat", "none"]
     chain: bool
     """A chain came back: inline or apart."""
+    scoring: Mapping[str, Any] | None = None
+    """Fields that make completions tell the log-probabilities of a prompt."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -82,12 +85,20 @@ class _Probe:
         continuation, why = await self.continuation(first)
         if continuation == "none":
             missing["prefix"] = why
+        scoring = await self.scoring() if self.text.tokenizer is not None else None
+        if scoring is None:
+            missing["score"] = (
+                "completions tell no log-probabilities of a prompt"
+                if self.text.tokenizer is not None
+                else "where a continuation begins is told by its tokens: give a tokenizer"
+            )
         if first.usage is None:
             notes.append("the server sends no usage: token counts are lower bounds")
-        can = frozenset({"prefix", "logprobs", "cancel", "seed"} - missing.keys())
+        can = frozenset({"prefix", "logprobs", "cancel", "seed", "score"} - missing.keys())
         replies = (first, *drawn)
         chain = any(r.separated or self.text.chat.open in _text(r) for r in replies)
-        return Facts(can, missing, self.refused, 1 in first.choices, stops, continuation, chain, tuple(notes))
+        n = 1 in first.choices
+        return Facts(can, missing, self.refused, n, stops, continuation, chain, scoring, tuple(notes))
 
     async def stops(self) -> Stops:
         """Ask greedily twice, the second time with a stop string from the middle of the first reply."""
@@ -141,6 +152,19 @@ class _Probe:
         body = self.base | {"messages": turns, "stream": True, tokens_field(self.refused): 1, **self.usage()}
         body |= {"continue_final_message": True, "add_generation_prompt": False}
         return (await self.endpoint.ask("/chat/completions", body, Reply)).count("prompt_tokens")
+
+    async def scoring(self) -> Mapping[str, Any] | None:
+        """The first of ``WAYS`` whose reply speaks of every token of the prompt."""
+        ids = self.text.chat.prompt_ids(QUESTION)
+        for fields in WAYS:
+            body = {**self.base, **fields, "prompt": ids, "stream": False}
+            try:
+                reply = await self.endpoint.ask("/completions", body, Reply, retries=0)
+            except (RowFailed, TimeoutError):
+                continue
+            if told(reply, len(ids), fields) is not None:
+                return fields
+        return None
 
     async def completions(self, **more: Any) -> None:
         prompt = self.text.rendered(QUESTION)

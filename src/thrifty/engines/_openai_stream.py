@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from thrifty.contracts import ThriftyError
+from thrifty.contracts import RowFailed
 
 Channel = Literal["thought", "text"]
 LIMIT = 16 << 20
@@ -20,11 +20,14 @@ LIMIT = 16 << 20
 
 
 class Transient(Exception):  # noqa: N818 - it says what to do: ask again
-    """Something that may go away when asked again; ``after`` is how many seconds the server wants to be left alone."""
+    """Something that may go away when asked again; ``after`` is how many seconds the server wants to be left alone.
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    ``name`` is what to call it where it does not go away (``RowFailed.outage``).
+    """
+
+    def __init__(self, reason: str, after: float | None = None, name: str = "stream") -> None:
         super().__init__(reason)
-        self.after = after
+        self.after, self.name = after, name
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str]:
@@ -87,6 +90,8 @@ class Reply:
     """Deltas in order, none empty."""
     logprobs: list[tuple[Channel, str, float]] = field(default_factory=list)
     """Sampled tokens where the server tells them: channel, text, log-probability."""
+    prompt: list[float] = field(default_factory=list)
+    """Log-probabilities of the prompt's own tokens where the server tells them apart (vLLM's ``prompt_logprobs``)."""
     finish: str | None = None
     stop: str | None = None
     """The stop string that ended the reply, where the server names it (vLLM's ``stop_reason``)."""
@@ -95,6 +100,13 @@ class Reply:
     usage: dict[str, Any] | None = None
     choices: set[int] = field(default_factory=set)
     streamed: bool = True
+
+    def take(self, event: dict[str, Any]) -> bool:
+        """As ``feed``; Transient where the event is not shaped as one of the API's."""
+        try:
+            return self.feed(event)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Transient(f"sent an event of another shape ({type(error).__name__}: {error})") from error
 
     def feed(self, event: dict[str, Any]) -> bool:
         """Take one chunk, or one whole response; whether text came."""
@@ -110,7 +122,7 @@ class Reply:
     def _choice(self, choice: dict[str, Any]) -> bool:
         body = choice.get("delta") or choice.get("message") or {}
         if body.get("tool_calls") or body.get("function_call"):
-            raise ThriftyError(
+            raise RowFailed(
                 "the model answered with a tool call, which this engine does not run: use a model or a chat template "
                 "without tools, or a strategy of solve.tools"
             )
@@ -121,13 +133,16 @@ class Reply:
         thought = body.get("reasoning_content") or body.get("reasoning") or ""
         text = body.get("content") or choice.get("text") or ""
         if not isinstance(thought, str) or not isinstance(text, str):
-            raise ThriftyError(f"the server sent content that is no text: {message(body)}")
+            raise RowFailed(f"the server sent content that is no text: {message(body)}")
         if not self.parts and not thought and self.echo and self.echo in text and text != self.echo:
             # transformers serve repeats the prompt where it does not know the template's beginning of a turn.
             text = ""
         found: list[tuple[Channel, str]] = [("thought", thought), ("text", text)]
         self.parts += [part for part in found if part[1]]
         self._tokens(choice.get("logprobs"), "thought" if thought else "text")
+        # By token id; the prompt's own token stands first, and before the first token there is nothing to tell.
+        chances = [next(iter(one.values()))["logprob"] if one else "nan" for one in choice.get("prompt_logprobs") or ()]
+        self.prompt += map(float, chances)
         return bool(thought or text)
 
     def _tokens(self, told: Any, channel: Channel) -> None:

@@ -183,6 +183,17 @@ def build(row: Row, warn: Callable[[str, str], None]) -> Trace:
     return trace
 
 
+def lost(row: Row, warn: Callable[[str, str], None], refused: bool) -> Trace:
+    """The trace of a row that failed: what had come. Nobody knows what the server did beyond, unless it ``refused``."""
+    if row.reply is not None and (row.reply.parts or row.failed):
+        row.cut, row.reply.streamed = "cancelled", True
+        return build(row, warn)
+    seconds = time.monotonic() - row.started if row.started else 0.0
+    usage = Usage(calls=1, seconds=seconds, partial=int(not refused))
+    nothing = np.zeros(0, np.int32)
+    return Trace(nothing, "", "", False, "cancelled", usage=usage, prompt_ids=row.prompt_ids)
+
+
 def _kept(row: Row, channel: Channel) -> list[str]:
     """A channel's deltas, up to the stop string where the stream was cut for it."""
     reply = row.reply or Reply()

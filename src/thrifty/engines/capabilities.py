@@ -15,7 +15,7 @@ CAPABILITIES: dict[str, frozenset[str]] = {
         | {"seed"}
     ),
     "scripted": frozenset({"prefix", "cancel", "score", "seed"}),
-    "openai": frozenset({"prefix", "logprobs", "cancel", "seed"}),
+    "openai": frozenset({"prefix", "logprobs", "cancel", "score", "seed"}),
 }
 """By engine, at most: an endpoint is probed, and its engine's ``missing`` says what the server lacks. A name means:
 ``prefix`` continue a response by its token ids, ``cancel`` really stop a row, ``seed`` the same tokens for one key;

@@ -19,11 +19,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from thrifty.contracts import END_OF_THOUGHT, Hidden, Prompt, Sample, Score, Scores, ThriftyError, Trace
-from thrifty.engines._openai_http import Endpoint, Patience
+from thrifty.contracts import (
+    END_OF_THOUGHT,
+    Hidden,
+    Prompt,
+    RowFailed,
+    Sample,
+    Score,
+    Scores,
+    ThriftyError,
+    Trace,
+    Usage,
+)
+from thrifty.engines._openai_http import Endpoint, Patience, Refused
 from thrifty.engines._openai_probe import Facts, probe, tokens_field
+from thrifty.engines._openai_score import ScoreRow, score
 from thrifty.engines._openai_text import Text
-from thrifty.engines._openai_trace import Row, build
+from thrifty.engines._openai_trace import Row, build, lost
 from thrifty.models.chat import TAGS
 
 __all__ = ["OpenAIEngine", "Patience"]
@@ -88,9 +100,9 @@ class OpenAIEngine:
         self.api = api or ("chat" if templated else "completions")
         self.extra = dict(extra or {})
         self.endpoint = Endpoint(base_url, api_key_env, patience or Patience(), concurrency)
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, Row | ScoreRow] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._ended: queue.SimpleQueue[tuple[int, Trace | BaseException]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[int, Trace | Scores | BaseException]] = queue.SimpleQueue()
         self._warned: set[str] = set()
         self._slots = asyncio.Semaphore(concurrency)
         self._loop = asyncio.new_event_loop()
@@ -116,32 +128,32 @@ class OpenAIEngine:
 
     def submit(self, ticket: int, request: Sample | Score | Hidden, key: tuple[Hashable, ...]) -> None:
         """Queue one row; ThriftyError where the request cannot be put to this server."""
-        if not isinstance(request, Sample):
+        if isinstance(request, Hidden):
             raise ThriftyError(f"{self.endpoint.base_url} answers no {type(request).__name__}")
-        if request.n != 1 or request.first is not None:
+        if isinstance(request, Sample) and (request.n != 1 or request.first is not None):
             raise ThriftyError("an engine takes one row at a time: n and first are the runner's")
         if request.role != "main":
             raise ThriftyError(f"no model for role {request.role!r}; this engine has: main")
-        if "" in request.until:
+        if isinstance(request, Sample) and "" in request.until:
             raise ThriftyError("an empty stop string in until would end every row at once: leave it out")
-        row = self._row(ticket, request, key)
+        row = self._row(ticket, request, key) if isinstance(request, Sample) else self._score_row(ticket, request)
         self._rows[ticket] = row
         self._loop.call_soon_threadsafe(self._start, row)
 
-    def poll(self) -> list[tuple[int, Trace | Scores]]:
-        """Wait a slice of time for a row to end; hand back all that have.
+    def poll(self) -> list[tuple[int, Trace | Scores | RowFailed]]:
+        """Wait a slice of time for a row to end; hand back all that have, those that failed as ``RowFailed``.
 
-        Raises ThriftyError where a row failed after all attempts: the others are then dropped, their streams closed.
+        Raises what is no fault of the server's; the other rows are then dropped, their streams closed.
         """
-        ended: list[tuple[int, Trace | BaseException]] = []
+        ended: list[tuple[int, Trace | Scores | BaseException]] = []
         with contextlib.suppress(queue.Empty):
             ended.append(self._ended.get(timeout=SLICE))
             while True:
                 ended.append(self._ended.get_nowait())
-        replies: list[tuple[int, Trace | Scores]] = []
+        replies: list[tuple[int, Trace | Scores | RowFailed]] = []
         for ticket, reply in ended:
             self._rows.pop(ticket, None)
-            if isinstance(reply, BaseException):
+            if isinstance(reply, BaseException) and not isinstance(reply, RowFailed):
                 self._rows.clear()
                 self._loop.call_soon_threadsafe(self._drop)
                 raise reply
@@ -149,7 +161,10 @@ class OpenAIEngine:
         return replies
 
     def limit(self, ticket: int, tokens: int) -> None:
-        """End the row as "cancelled" once it has ``tokens`` new tokens, injected ones included; closes its stream."""
+        """End the row as "cancelled" once it has ``tokens`` new tokens, injected ones included; closes its stream.
+
+        At 0 a ``Score`` ends too, as failed.
+        """
         self._loop.call_soon_threadsafe(self._limit, ticket, tokens)
 
     def thinking(self, prompt: Prompt) -> tuple[str, str]:
@@ -219,6 +234,15 @@ class OpenAIEngine:
             before, stops, sent, chat.close in stops, cap, prompt_ids,
         )  # fmt: skip
 
+    def _score_row(self, ticket: int, request: Score) -> ScoreRow:
+        if self.facts.scoring is None:
+            raise ThriftyError(f"{self.endpoint.base_url} scores nothing: {self.missing['score']}")
+        prefix = [int(i) for i in request.prefix]
+        if any(i < 0 for i in prefix):  # tokens that the server did not name
+            prefix = self.text.encode([self.text.decode(prefix)])
+        texts = [self.text.encode([text]) for text in request.continuations]
+        return ScoreRow(ticket, [*self.text.chat.prompt_ids(_turns(request.prompt)), *prefix], texts)
+
     def _probe(self) -> Facts:
         name = getattr(self.text.tokenizer, "name_or_path", None)
         place = (
@@ -237,8 +261,31 @@ class OpenAIEngine:
 
     # On the event loop -----------------------------------------------------------------------------------
 
-    def _start(self, row: Row) -> None:
-        self._tasks[row.ticket] = self._loop.create_task(self._run(row))
+    def _start(self, row: Row | ScoreRow) -> None:
+        run = self._run(row) if isinstance(row, Row) else self._score(row)
+        self._tasks[row.ticket] = self._loop.create_task(run)
+
+    async def _score(self, row: ScoreRow) -> None:
+        reply: Scores | BaseException
+        row.entered = True
+        unknown = Usage(calls=1, partial=1)
+        try:
+            if row.cut or self.facts.scoring is None:
+                reply = RowFailed("stopped")
+            else:
+                base = self.extra | {"model": self.model}
+                reply = await score(self.endpoint, self._slots, base, self.facts.scoring, row)
+        except asyncio.CancelledError:
+            if not row.cut:
+                return
+            reply = RowFailed("stopped", usage=unknown)
+        except RowFailed as error:
+            reply = RowFailed(str(error), error.outage, usage=unknown)
+        except Exception as error:
+            reply = error
+        finally:
+            self._tasks.pop(row.ticket, None)
+        self._ended.put((row.ticket, reply))
 
     async def _run(self, row: Row) -> None:
         reply: Trace | BaseException
@@ -250,6 +297,9 @@ class OpenAIEngine:
             if row.cut is None:  # dropped: nobody waits for it
                 return
             reply = build(row, self._warn)
+        except RowFailed as error:
+            trace = lost(row, self._warn, refused=isinstance(error, Refused))
+            reply = RowFailed(str(error), error.outage, trace)
         except Exception as error:
             reply = error
         finally:
@@ -267,9 +317,10 @@ class OpenAIEngine:
                 await self.endpoint.ask(row.path, row.body, row.begin, row.enough)
             except TimeoutError:
                 if row.reply is None or not row.reply.parts:
-                    raise ThriftyError(
+                    raise RowFailed(
                         f"{self.endpoint.base_url} sent nothing within {self.endpoint.patience.deadline:g} s: raise "
-                        "the deadline, or lower the concurrency"
+                        "the deadline, or lower the concurrency",
+                        "silence",
                     ) from None
                 row.cut = "cancelled"
                 self._warn("deadline", "rows were cut at the deadline; they count as incomplete")
@@ -277,6 +328,12 @@ class OpenAIEngine:
     def _limit(self, ticket: int, tokens: int) -> None:
         row, task = self._rows.get(ticket), self._tasks.get(ticket)
         if row is None or task is None:
+            return
+        if isinstance(row, ScoreRow):
+            if tokens <= 0:
+                row.cut = True
+                if row.entered:
+                    task.cancel()
             return
         tokens = max(0, tokens - len(row.injected))
         row.limit = tokens if row.limit is None else min(row.limit, tokens)
