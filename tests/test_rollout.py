@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 import tiny
+from launched import two_processes
 from thrifty.contracts import Grade, Group, Problem, Sample, Span, ThriftyError, Trace
 from thrifty.engines.meter import Meter
 from thrifty.tune import checkpoint
@@ -592,16 +593,7 @@ def test_a_strategy_and_a_prompt_of_ones_own(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    script = tmp_path / "launched.py"
-    here = str(Path(__file__).parent)
-    script.write_text(
-        f"import sys; sys.path.insert(0, {here!r}); import conftest, test_rollout as t\nt.run(sys.argv[1])\n"
-    )
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    ended = subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path / "two")], capture_output=True, text=True, timeout=290
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    two_processes("test_rollout", "t.run(sys.argv[1])", tmp_path / "two")
     two = [json.loads(line) for line in (tmp_path / "two" / "rollout.jsonl").read_text().splitlines()]
     one = run(tmp_path / "one").lines
     for mine, theirs in zip(two, one, strict=True):

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from launched import two_processes
 from thrifty.contracts import ThriftyError
 from thrifty.engines.meter import Meter
 from thrifty.tune import checkpoint
@@ -413,30 +414,7 @@ def test_bad_models(tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    script = tmp_path / "launched.py"
-    here = str(Path(__file__).parent)
-    script.write_text(
-        f"import sys; sys.path.insert(0, {here!r}); import conftest, test_supervised as t\n"
-        "t.train(t.adapted(), t.documents(), t.SETTINGS, sys.argv[1])\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    ended = subprocess.run(
-        [*command, str(script), str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=290,
-        env=dict(os.environ),
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    two_processes("test_supervised", "t.train(t.adapted(), t.documents(), t.SETTINGS, sys.argv[1])", tmp_path / "two")
     two = [json.loads(line) for line in (tmp_path / "two" / "train.jsonl").read_text().splitlines()]
     one = train(adapted(), documents(), SETTINGS, tmp_path / "one")
     assert [line["loss"] for line in two] == pytest.approx(one.losses, rel=1e-4)
