@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -191,6 +192,23 @@ def test_gym_chains_end_in_the_answer_that_reasoning_gym_scores_right(name: str,
         if "states" in entry["metadata"] and style == "long":
             recorded = {" ".join(map(str, state)) for state in entry["metadata"]["states"]}
             assert {step.text.rstrip(" .") for step in steps if step.kind == "work"} <= recorded
+
+
+@pytest.mark.parametrize("name", ["string_splitting", "string_synthesis"])
+def test_a_plain_line_of_a_gym_chain_applies_one_rule_three_times_at_most(name: str) -> None:
+    source = pytest.importorskip("reasoning_gym.factory").create_dataset(name, seed=5, size=30, **GYM_CONFIG[name])
+    for entry in source:
+        states = entry["metadata"]["states"]
+        lines = [
+            step.text.rstrip(" .") for step in gym_chain(name, entry, tracing.style("plain"), random.Random(0)) or []
+        ]
+        at = [[" ".join(map(str, s)) for s in states].index(line) for line in lines]
+        assert at[0] == 0
+        assert at[-1] == len(states) - 1
+        for i, j in itertools.pairwise(at):
+            changes = {tuple(b - a for a, b in zip(states[k], states[k + 1])) for k in range(i, j)}
+            assert j - i <= 3
+            assert len(changes) == 1
 
 
 def test_gym_chain_knows_only_its_data_sets() -> None:

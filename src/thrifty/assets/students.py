@@ -77,8 +77,15 @@ RECIPES = {
         climb=4_000_000,
     ),
     "think": Recipe({"long": 1.0}, 5_000_000, 1e-3, "trunk"),
-    "long": Recipe({"long": 0.75, "plain": 0.25}, 3_500_000, 1e-3, "think", control=("plain",)),
-    "short": Recipe({"short": 1.0}, 1_000_000, 1e-3, "trunk"),
+    "long": Recipe(
+        {"long": 0.65, "plain": 0.35},
+        5_000_000,
+        1e-3,
+        "think",
+        control=("plain",),
+        shares=SHARES | {"roll": 0.36, "string_splitting": 0.25},
+    ),
+    "short": Recipe({"short": 1.0}, 2_500_000, 1e-3, "trunk"),
     "base": Recipe({"direct": 1.0}, 500_000, 1e-3, "trunk"),
 }
 

@@ -21,22 +21,29 @@ GYM_CONFIG: Mapping[str, Mapping[str, Any]] = {
 }
 """The settings of the reasoning-gym data sets in the students' mixture: small numbers."""
 
+AT_ONCE = 3
+"""Of a string rule, how often a line of a plain chain applies it at most."""
+
 
 def gym_chain(name: str, entry: Mapping[str, Any], style: Style, rng: random.Random) -> list[Step] | None:
     """A correct chain for ``entry`` of data set ``name``; None where no chain is known for the data set."""
     if name == "chain_sum":
         states = _sums(entry["metadata"]["expression"])
-        turns = states
+        turns = plain = states
     elif name in GYM_CONFIG:
         counts = entry["metadata"]["states"]
         states = [" ".join(map(str, state)) for state in counts]
-        turns = [states[0], *(states[i] for i in _turns(counts))]
+        at = [0, *_turns(counts)]
+        turns = [states[i] for i in at]
+        plain = [states[i] for a, b in itertools.pairwise(at) for i in range(a, b, AT_ONCE)] + [states[-1]]
     else:
         return None
     if style.merge == 0:
         return []
     if style.merge is None:
         kept = states
+    elif style.merge == 1:
+        kept = plain
     else:
         kept = turns[:: style.merge]
         if kept[-1] != states[-1]:
