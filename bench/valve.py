@@ -1,12 +1,12 @@
 """CoT-Valve at full size: every student seed, roll and a reasoning-gym task whose chains are not ours.
 
     .venv/bin/python bench/valve.py [--n 1500] [--tuning plain] [--tuning ++] ...
-    .venv/bin/python bench/valve.py --tasks rg:string_splitting --alphas 1 --seeds 1,2,3,4,5,6
+    .venv/bin/python bench/valve.py --tasks rg:string_splitting --samples 7
 
 Prints, per student and task, every strength with its saving, the one-sided 95 % bound of the accuracy difference to the
 long student, and its height above the straight line; then the setting that saves most and holds on all students.
-With several seeds (of training, sampling and, where the task has enough of them, problems) the runs are pooled: a
-problem counts once, with its mean over the seeds.
+With several samples per problem (for tasks with few problems) the trained valve answers each problem again by
+``thrifty measure``; a problem counts once, with its mean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,17 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(OPTIONS))
     parser.add_argument("--tuning", action="append", choices=["plain", "++", "+p"])
     parser.add_argument("--runs", default="runs/valve")
-    parser.add_argument("--alphas", help="strengths, with commas (default: the recipe's)")
-    parser.add_argument("--seeds", default="0", help="of the runs to pool, with commas")
+    parser.add_argument("--samples", type=int, default=1, help="answers per problem")
     arguments = parser.parse_args()
     held: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     models = arguments.models.split(",")
     for tuning in arguments.tuning or ["plain"]:
         for task in arguments.tasks.split(","):
             for model in models:
-                seeds = arguments.seeds.split(",")
-                folders = [
-                    run(model, task, tuning, arguments.n, Path(arguments.runs), seed, arguments.alphas)
-                    for seed in seeds
-                ]
-                verdicts = pooled(folders) if len(folders) > 1 else result(folders[0])["verdicts"]
+                folder = run(model, task, tuning, arguments.n, Path(arguments.runs))
+                verdicts = json.loads((folder / "result.json").read_text("utf-8"))["verdicts"]
+                if arguments.samples > 1:
+                    verdicts = pooled([folder, *again(folder, model, task, arguments.samples)])
                 print(f"\n{model} · {task} · {tuning}")
                 print(
                     f"{'setting':>12} {'saved':>7} {'difference':>11} {'at least':>9} {'holds':>6} {'above line':>11}"
@@ -71,39 +69,61 @@ def main() -> None:
             print(f"  {task} · {tuning} · {setting}: {min(savings):.1%}")
 
 
-def run(model: str, task: str, tuning: str, n: int, runs: Path, seed: str, alphas: str | None) -> Path:
-    """One run of the recipe, resumed where it was cut off; its folder."""
-    name = f"{model}-{task}-{tuning}-{n}{f'-{alphas}' * bool(alphas)}-{seed}".replace(":", "-").replace("+", "p")
-    command = [sys.executable, "-m", "thrifty.cli", "run", "cot-valve", "--model", model, "--task", task]
-    command += ["--tuning", tuning, "--n", str(n), "--runs", str(runs), "--name", name, "--seed", seed, "--json"]
-    command += ["--alphas", alphas, "--calibration-n", "0"] if alphas else []
-    subprocess.run([*command, *OPTIONS.get(task, [])], check=True, stdout=subprocess.DEVNULL)
+def thrifty(command: str, name: str, runs: Path, *options: str) -> Path:
+    """A command of thrifty that leaves a run folder, resumed where it was cut off; the folder."""
+    words = [sys.executable, "-m", "thrifty.cli", *command.split(), "--runs", str(runs), "--name", name, "--json"]
+    subprocess.run([*words, *options], check=True, stdout=subprocess.DEVNULL)
     return runs / name
 
 
-def result(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text("utf-8"))
-    return found
+def run(model: str, task: str, tuning: str, n: int, runs: Path) -> Path:
+    """One run of the recipe."""
+    name = f"{model}-{task}-{tuning}-{n}".replace(":", "-").replace("+", "p")
+    options = ["--model", model, "--task", task, "--tuning", tuning, "--n", str(n)]
+    return thrifty("run cot-valve", name, runs, *options, *OPTIONS.get(task, []))
 
 
-def pooled(folders: list[Path]) -> list[dict[str, Any]]:
-    """Verdicts over several runs: right and thinking tokens of every problem and setting, averaged over the runs."""
-    cells: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+def again(folder: Path, model: str, task: str, samples: int) -> Iterator[Path]:
+    """The same problems answered ``samples - 1`` times more: by the student as it is, where the valve saves the goal of
+    60 %, and by the short student."""
+    rows = list(store.read(folder / "traces.parquet"))
+    spent: Counter[float | None] = Counter()
+    for row in rows:
+        spent[row.alpha] += row.thought_tokens
+    short = next(row.setting for row in rows if row.alpha is None).partition("(")[2].rstrip(")")
+    valve = ["--model", model, "--adapter", str(folder / "adapter")]
+    for alpha, tokens in spent.items():
+        if alpha == 0 or (alpha and tokens < 0.4 * spent[0.0]):
+            valve += ["--alpha", str(alpha)]
+    options = ["--task", task, "--n", str(len({row.problem for row in rows})), "--seed"]
+    for seed in map(str, range(1, samples)):
+        yield thrifty("measure", f"{folder.name}-{seed}", folder.parent, *options, seed, *valve)
+        yield thrifty("measure", f"{folder.name}-{seed}-short", folder.parent, *options, seed, "--model", short)
+
+
+def pooled(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Verdicts on several samples: right and thinking tokens per strength and problem, averaged over the samples."""
+    cells: dict[float | None, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     strata: dict[str, str] = {}
     for folder in folders:
         for row in store.read(folder / "traces.parquet"):
-            cells[row.setting][row.problem].append((float(bool(row.right)), row.thought_tokens))
+            cells[row.alpha][row.problem].append((float(bool(row.right)), row.thought_tokens))
             strata[row.problem] = f"{row.task} {row.level}"
     problems, levels = list(strata), list(strata.values())
-    arms = {name: np.array([np.mean(of[p], axis=0) for p in problems]).T for name, of in cells.items()}
-    (long_name, long), *dialled, (_, short) = arms.items()
+    most = max(len(of[problems[0]]) for of in cells.values())
+    arms = {
+        alpha: np.array([np.mean(of[p], axis=0) for p in problems]).T
+        for alpha, of in cells.items()
+        if len(of[problems[0]]) == most
+    }
+    long, short = arms.pop(0.0), arms.pop(None)
     found = []
-    for name, (right, tokens) in dialled:
+    for alpha, (right, tokens) in sorted(arms.items(), key=lambda item: item[0] or 0):
         test = stats.non_inferior(right, long[0], MARGIN, levels)
         above = stats.above_line((right, tokens), tuple(long), tuple(short), levels)
         found.append(
             {
-                "setting": name,
+                "setting": f"α = {alpha:g}",
                 "saving": 1 - tokens.sum() / long[1].sum(),
                 "difference": test.difference,
                 "difference_low": test.low,
@@ -111,7 +131,7 @@ def pooled(folders: list[Path]) -> list[dict[str, Any]]:
                 "above_line": above.value,
             }
         )
-    print(f"{long_name}: {len(problems)} problems, {len(folders)} runs")
+    print(f"\n{len(problems)} problems, {most} samples each")
     return found
 
 
