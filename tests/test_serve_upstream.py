@@ -154,6 +154,16 @@ def test_strategies_run_on_the_upstream_and_their_usage_is_the_upstreams(client,
         client.chat.completions.create(model="long:tldr-ts:tau=3", messages=ASK)
 
 
+def test_a_sample_that_the_upstream_refuses_fails_its_own_request_alone(client, proxy, front):
+    vote = {"model": "long:self-consistency@3", "messages": ASK, "extra_body": {"thrifty": {"task": "roll"}}}
+    assert client.chat.completions.create(**vote).choices
+    proxy.spoil(Answer(status=400, body=b'{"error": {"message": "too spicy"}}'))
+    with pytest.raises(openai.BadRequestError, match="too spicy"):
+        client.chat.completions.create(**vote)
+    assert client.chat.completions.create(**vote).thrifty["samples"] == 3
+    assert front.app.state.gate.inside == 0
+
+
 def test_a_thinking_budget_and_an_effort_hold_on_the_upstream_too(client):
     reply = client.chat.completions.create(
         model="long", messages=ASK, temperature=0, extra_body={"thinking_token_budget": 6}

@@ -115,7 +115,7 @@ class Backend:
         seed = random.getrandbits(48) if ask.seed is None else ask.seed
         name = hashlib.blake2b(repr((str(job.prompt), ask.chat)).encode("utf-8", "replace"), digest_size=8).hexdigest()
         outcome = await self.runner.asolve(served, Problem(name, text, None), seed)
-        fault = record.fault or getattr(outcome, "failed", None)
+        fault = record.fault or outcome.failed
         if fault is not None:
             raise fault
         if outcome.chosen is None and not record.answers:

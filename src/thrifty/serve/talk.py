@@ -21,6 +21,7 @@ from thrifty.contracts import (
     OutOfBudget,
     Problem,
     Prompt,
+    RowFailed,
     Sample,
     Score,
     Talk,
@@ -125,7 +126,7 @@ class Served:
 
     def _drive(self, talk: Talk, problem: Problem) -> Talk:
         answer: Any = None
-        spent: OutOfBudget | None = None
+        spent: OutOfBudget | RowFailed | None = None
         while True:
             try:
                 request = talk.throw(spent) if spent is not None else talk.send(answer)
@@ -134,7 +135,7 @@ class Served:
             spent = None
             try:
                 answer = yield from self._ask(request, problem)
-            except OutOfBudget as signal:
+            except (OutOfBudget, RowFailed) as signal:
                 spent = signal
 
     def _ask(self, request: Any, problem: Problem) -> Talk:
@@ -162,8 +163,8 @@ class Served:
             if hasattr(item, "send"):
                 return (yield from self._drive(item, problem))
             return (yield from self._ask(item, problem))
-        except OutOfBudget:
-            raise
+        except (OutOfBudget, RowFailed):
+            raise  # the runner knows what becomes of the whole
         except Exception as fault:
             self.record.fault = self.record.fault or fault
             return None

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from thrifty.contracts import ThriftyError
+from thrifty.contracts import RowFailed, ThriftyError
 from thrifty.serve import schemas, streaming
 from thrifty.serve.backend import Answer, Backend, Job, until_gone
 from thrifty.serve.errors import ApiError, bad
@@ -251,4 +251,8 @@ def api_error(error: ApiError | ThriftyError) -> ApiError:
     """A mistake that the client can mend is a 400; a server that fails, a 502."""
     if isinstance(error, ApiError):
         return error
-    return ApiError(502, str(error), code="upstream_failed") if getattr(error, "outage", "") else bad(str(error))
+    return (
+        ApiError(502, str(error), code="upstream_failed")
+        if isinstance(error, RowFailed) and error.outage
+        else bad(str(error))
+    )
