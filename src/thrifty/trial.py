@@ -233,6 +233,12 @@ class Trial:
         self.figure("seconds", float(np.mean([u.seconds for u in usages])))
         return {"tokens": [float(max(1, u.generated)) for u in usages], "accuracy": right}
 
+    def elsewhere(self, strategy: Any, task: str = "rg:string_splitting", **how: Any) -> None:
+        """Notes what the arm comes to on a family whose chains are not ours, as every claim to save tokens reports."""
+        outcomes = self.solve(strategy, self.problems(n=self.scaled(90), task=task), task=task, **how)
+        self.note(f"{task}: accuracy", float(np.mean([o.grade.right for o in outcomes])))
+        self.note(f"{task}: generated tokens", float(np.mean([o.usage.generated for o in outcomes])))
+
     def _measured_on(self, problems: Sequence[Problem]) -> None:
         self.strata = [f"{p.task}/{p.level}" for p in problems]
         self.own = [p.id for p in problems]

@@ -252,6 +252,7 @@ def claim(trial: Any) -> dict[str, Any]:
         trial.trained(adapter.parent)
         trial.figure("examples", method.train_n)
     found: dict[str, Any] = trial.answered(trial.solve(SinglePass(), trial.problems(), adapter=adapter))
+    trial.elsewhere(SinglePass(), adapter=adapter)
     if trial.arm == "comparator":
         trial.gate("accuracy of the student", sum(found["accuracy"]) / len(found["accuracy"]))
     return found

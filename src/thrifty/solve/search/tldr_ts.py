@@ -123,4 +123,6 @@ def claim(trial: Any) -> dict[str, Any]:
     trial.gate("tokens saved", 1 - thought / max(1.0, sum(lengths) / len(lengths)))
     trial.gate("accuracy of the student", sum(o.grade.right for o in full) / len(full))
     trial.note("thinking tokens", thought)
+    if trial.arm == "method":
+        trial.elsewhere(trial.method)
     return {"accuracy": [float(o.grade.right) for o in outcomes], "thought": thought}

@@ -217,4 +217,5 @@ def claim(trial: Any) -> dict[str, Any]:
     if trial.arm == "comparator":
         trial.gate("accuracy of the student", sum(found["accuracy"]) / len(found["accuracy"]))
     trial.note("stopped early", sum(o.usage.injected > 0 for o in outcomes) / len(outcomes))
+    trial.elsewhere(trial.method)
     return found

@@ -36,6 +36,7 @@ def reinforced(
     trial.trained(folder)
     passes = registry.load("single-pass")(temperature=1.0, top_p=1.0)
     found: dict[str, list[float]] = trial.answered(trial.solve(passes, trial.problems(), adapter=folder / "adapter"))
+    trial.elsewhere(passes, adapter=folder / "adapter")
     if trial.arm == "comparator":
         trial.gate("accuracy after 0/1 rewards", sum(found["accuracy"]) / len(found["accuracy"]))
     return found
