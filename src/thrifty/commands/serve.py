@@ -13,7 +13,7 @@ from thrifty.contracts import ThriftyError
 @click.command()
 @click.option("--model", help="Folder, Hub id, or a student that ships with the package: runs here.")
 @click.option("--upstream", help="Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
-@click.option("--name", help="What clients call the model.  [default: its folder's name]")
+@click.option("--name", help="What clients call the model.  [default: --model as given; a folder's own name]")
 @click.option("--tokenizer", help="Of the upstream's model: counts exactly, continues responses.")
 @click.option("--upstream-key-env", help="Environment variable that holds the upstream's key.")
 @click.option("--strategy", help="What plain model names mean, as short-m-at-k:m=1,k=5.  [default: one pass]")
@@ -106,6 +106,6 @@ def gateway(
     assert model is not None
     loaded = load(model, device, dtype)
     served = backend.local(loaded, limits, batch_size, None if adapter is None else str(adapter), answer_tokens)
-    called = name or (loaded.folder.name if loaded.folder is not None else loaded.name)
+    called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
     strength = alpha if adapter is not None else None
     return Gateway(limits, keys, served, None, called, choice, parse, strength, dial)
