@@ -282,6 +282,7 @@ def test_a_status_follows_from_the_first_registered_run_and_its_controls(file):
     assert status(shown) == "inconclusive"  # nobody knows what its placebo does
     assert status(shown, failed) == "shown"
     assert status(shown, held) == "not carried"
+    assert status(shown, record(file, "not carried", "placebo")) == "inconclusive"  # its gate failed: it tells nothing
     assert status(shown, refuted, failed) == "shown"
     assert status(refuted) == "inconclusive"
     assert status(refuted, record(file, "shown", "oracle")) == "refuted"

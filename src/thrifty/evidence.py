@@ -273,8 +273,8 @@ def judged(runs: Sequence[Mapping[str, Any]]) -> Standing:
     needed, verdict = run["controls"], run["verdict"]
     if told.get("placebo") == "shown":
         return Standing("not carried", scale, "its placebo holds as well", run)
-    if verdict == "shown" and "placebo" in needed and "placebo" not in told:
-        return Standing("inconclusive", scale, "its placebo has not been run", run)
+    if verdict == "shown" and "placebo" in needed and told.get("placebo") not in ("refuted", "inconclusive"):
+        return Standing("inconclusive", scale, "its placebo has not been run, or a gate of it failed", run)
     if verdict == "refuted" and "oracle" in needed and told.get("oracle") != "shown":
         return Standing("inconclusive", scale, "its oracle does not hold, or has not been run", run)
     return Standing(verdict, scale, run.get("why", ""), run)
