@@ -45,13 +45,13 @@ def write(steering: Steering) -> str:
     """
     named = [{"control": _key(control), **_fields(control)} for control in steering.controls]
     numbers = {"prefix": steering.prefix, "injected": steering.injected, "halt": steering.halt}
-    return json.dumps({"controls": named} | {k: v for k, v in numbers.items() if v is not None and v is not False})
+    return json.dumps({"controls": named} | {k: v for k, v in numbers.items() if v is not None})
 
 
 def read(text: Any) -> Steering:
     """The reverse; ThriftyError with what is wrong in a text that a client wrote."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except (TypeError, ValueError) as error:
         raise ThriftyError(f"{ARGUMENT}: no JSON text ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get("controls"), list) or not value["controls"]:
@@ -171,6 +171,10 @@ def _one(entry: Any) -> Control:
             raise ThriftyError(f"{ARGUMENT}: {key} takes {name} such as {default!r}, not {str(value)[:80]!r}")
     made: Control = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return made
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _alike(value: Any, default: Any) -> bool:

@@ -16,6 +16,7 @@ CAPABILITIES: dict[str, frozenset[str]] = {
     ),
     "scripted": frozenset({"prefix", "cancel", "score", "seed"}),
     "openai": frozenset({"prefix", "logprobs", "cancel", "score", "seed"}),
+    "vllm": frozenset({"prefix", "logprobs", "adapters", "controls", "cancel", "score", "seed"}),
 }
 """By engine, at most: an endpoint is probed, and its engine's ``missing`` says what the server lacks. A name means:
 ``prefix`` continue a response by its token ids, ``cancel`` really stop a row, ``seed`` the same tokens for one key;

@@ -32,6 +32,7 @@ from thrifty.contracts import (
 from thrifty.engines import _vllm_controls, sampling
 from thrifty.engines._vllm_lora import RANKS, check_lora, export_strength
 from thrifty.engines._vllm_rows import Open, Row, Scoring, build, why
+from thrifty.engines.capabilities import CAPABILITIES
 from thrifty.models.chat import ChatFormat
 
 SLICE = 0.02
@@ -72,7 +73,7 @@ class VllmEngine:
         try:
             from vllm import EngineArgs, LLMEngine
         except ImportError as error:
-            raise ThriftyError(f"vLLM is not installed ({error}): pip install 'thrifty[vllm]'") from error
+            raise ThriftyError(f"vLLM cannot be imported ({error}): docs/vllm.md says how to install it") from error
         options = dict(options or {})
         if thinking_token_budget is not None and not {"reasoning_parser", "reasoning_config"} & set(options):
             raise ThriftyError(
@@ -86,9 +87,7 @@ class VllmEngine:
             options = {"enable_lora": True, "max_lora_rank": self._rank(), "max_loras": 4} | options
         if controls:
             options["logits_processors"] = [*(options.get("logits_processors") or ()), PROCESSOR]
-        self.capabilities = frozenset(
-            {"prefix", "logprobs", "adapters", "cancel", "score", "seed"} | ({"controls"} if controls else set())
-        )
+        self.capabilities = CAPABILITIES["vllm"] - (set() if controls else {"controls"})
         self.engine = LLMEngine.from_engine_args(EngineArgs(model=model, **options))
         tokenizer = self.engine.get_tokenizer()
         self.chat = ChatFormat.detect(tokenizer)
