@@ -95,7 +95,7 @@ def test_rows_end_where_the_local_engine_ends_them(engines, loaded):
         Sample("how many?", max_tokens=12, prefix=first.ids[:5]),
         Sample("how many?", max_tokens=30, prefix=first.ids[:5], inject=f" so {END_OF_THOUGHT} it is"),
         Sample("another", max_tokens=3, inject="long enough"),
-        Sample("a" * 480, max_tokens=100),
+        Sample("a" * 490, max_tokens=100),
     ])  # fmt: skip
     assert [row.finish for row in rows] == ["until", "length", "length", "length", "context"]
     assert rows[2].closed
@@ -128,16 +128,16 @@ def test_log_probabilities_and_scores_are_the_models(engines):
 
 
 def test_controls_steer_vllm_as_they_steer_the_local_engine(engines):
-    push = registry.load("my-method")(patience=2, slope=3.0)
+    push = registry.load("my-method")(patience=2, slope=6.0)
     force = registry.load("forcing")()
     longer = replace(force, at=3, text="no, really", stop=20)
     start = answers(engines[1], [Sample("why?", max_tokens=6)])[0].ids
     rows = agree_tokens(engines, [
-        Sample("why?", max_tokens=40, controls=(push,)),
-        Sample("why?", max_tokens=40, controls=(force,)),
+        Sample("why?", max_tokens=24, controls=(push,)),
+        Sample("why?", max_tokens=24, controls=(force,)),
         Sample("why?", max_tokens=10),
-        Sample("how?", max_tokens=40, controls=(push, longer), prefix=start, inject="hm"),
-        Sample("how?", max_tokens=40, controls=(force,), prefix=start),
+        Sample("how?", max_tokens=24, controls=(push, longer), prefix=start, inject="hm"),
+        Sample("how?", max_tokens=24, controls=(force,), prefix=start),
     ])  # fmt: skip
     assert rows[0].closed
     assert "wait" in rows[1].thought + rows[1].response
@@ -228,5 +228,5 @@ def test_a_request_that_vllm_fails_fails_its_row_alone(engines):
 
 def test_without_vllm_the_engine_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ThriftyError, match=r"thrifty\[vllm\]"):
+    with pytest.raises(ThriftyError, match="how to install it"):
         VllmEngine("tiny")
