@@ -254,6 +254,123 @@ def test_an_outage_is_told_to_every_caller() -> None:
     asyncio.run(together())
 
 
+async def settled(runner: Runner) -> None:
+    assert runner._pump is not None
+    await runner._pump
+    assert not runner._waiting
+    assert not runner._ends
+
+
+def test_who_leaves_hears_what_was_spent() -> None:
+    def how(prompt: str, key: Any) -> str:
+        return " ".join(["w"] * (50_000 if key[1] == "p0" else 5)) + " </think> 1"
+
+    async def together() -> None:
+        on = Paced(how)
+        runner, heard = Runner(on, TASK), []
+        leaving = asyncio.create_task(runner.asolve(SelfConsistency(k=3), PROBLEMS[0], on_end=heard.append))
+        others = [asyncio.create_task(runner.asolve(SinglePass(), p)) for p in PROBLEMS[1:]]
+        while not on.generated:
+            await asyncio.sleep(0.001)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert all(o.chosen is not None for o in await asyncio.gather(*others))
+        await settled(runner)
+        [left] = heard
+        assert left.chosen is None
+        assert [t.finish for t in left.tried] == ["cancelled"] * 3
+        assert 0 < left.usage.generated < 30_000
+        assert left.usage.generated + 7 * 6 == on.generated, "everything that was made is counted once"
+        assert not on.rows
+
+    asyncio.run(together())
+
+
+def test_whoever_asks_hears_the_end_once_however_it_comes() -> None:
+    class Wrong:
+        def solve(self, problem: Problem, rng: random.Random) -> Any:
+            traces = yield Sample(problem.prompt, n=2)
+            raise LookupError(str(len(traces)))
+
+    class AtOnce:
+        def solve(self, problem: Problem, rng: random.Random) -> Any:
+            yield All([Sample(problem.prompt), "no request"])
+
+    class Idle:
+        def solve(self, problem: Problem, rng: random.Random) -> Any:
+            return None
+            yield
+
+    async def together() -> None:
+        for strategy, fault, rows in ((Wrong(), LookupError, 2), (AtOnce(), TypeError, 0), (Idle(), None, 0),
+                                      (SinglePass(), None, 1)):  # fmt: skip
+            runner, heard = Runner(engine(), TASK), list[Outcome]()
+            if fault is None:
+                assert await runner.asolve(strategy, PROBLEMS[0], on_end=heard.append) is heard[0]
+            else:
+                with pytest.raises(fault):
+                    await runner.asolve(strategy, PROBLEMS[0], on_end=heard.append)
+            if runner._pump is not None:
+                await settled(runner)
+            assert [len(o.tried) for o in heard] == [rows]
+
+    asyncio.run(together())
+
+
+class Paced(ScriptedEngine):
+    """A little slower than the test, so that things happen in between; its polls fail while ``broken``."""
+
+    broken: str = ""
+
+    def poll(self) -> Any:
+        time.sleep(0.001)
+        if self.broken == "poll":
+            raise ZeroDivisionError("a defect in poll")
+        return super().poll()
+
+    def submit(self, ticket: int, request: Any, key: Any) -> None:
+        if self.broken == key[1]:
+            raise ZeroDivisionError("a defect in submit")
+        super().submit(ticket, request, key)
+
+
+def test_a_defect_of_the_engine_fails_who_waits_and_nobody_else() -> None:
+    async def together() -> None:
+        on = Paced(script)
+        runner, heard = Runner(on, TASK), list[Outcome]()
+        for _ in range(2):
+            on.broken = "poll"
+            waiting = [runner.asolve(SelfConsistency(k=3), p, on_end=heard.append) for p in PROBLEMS]
+            told = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(t) for t in told] == [ZeroDivisionError] * 7
+            await settled(runner)
+            assert not runner._futures
+            on.broken = ""
+            # The engine still has the old rows: they are stopped, and their replies are nobody's.
+            good = await asyncio.gather(*(runner.asolve(SelfConsistency(k=3), p) for p in PROBLEMS))
+            assert signature(good) == signature(Runner(engine(), TASK).solve(SelfConsistency(k=3), PROBLEMS))
+            await settled(runner)
+            assert not on.rows
+        assert len(heard) == 14
+        assert all(o.chosen is None for o in heard)
+
+    asyncio.run(together())
+
+
+def test_a_defect_in_submit_is_that_requests_alone() -> None:
+    async def together() -> None:
+        on = Paced(script)
+        on.broken = "p3"
+        runner = Runner(on, TASK)
+        told = await asyncio.gather(*(runner.asolve(SelfConsistency(k=2), p) for p in PROBLEMS), return_exceptions=True)
+        assert [isinstance(t, ZeroDivisionError) for t in told] == [p.id == "p3" for p in PROBLEMS]
+        await settled(runner)
+        assert not on.rows
+
+    asyncio.run(together())
+
+
 def test_one_callers_mistake_is_not_the_others() -> None:
     class Wrong:
         def solve(self, problem: Problem, rng: random.Random) -> Any:

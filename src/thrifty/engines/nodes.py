@@ -259,12 +259,14 @@ class _TalkNode(Node):
         if self.over:
             return
         self.over = True
-        self.talk.close()
-        current, self.current = self.current, None
-        if current is not None:
-            current.over = True  # its rows still come back to be counted, but nobody listens
-            current.cap(0)
-        self.done(GONE)
+        try:
+            self.talk.close()
+        finally:  # a strategy that fails even here leaves no rows behind
+            current, self.current = self.current, None
+            if current is not None:
+                current.over = True  # its rows still come back to be counted, but nobody listens
+                current.cap(0)
+            self.done(GONE)
 
 
 def _least(item: Any) -> int:

@@ -71,6 +71,7 @@ class Runner:
         self._tickets = 0
         self._pump: asyncio.Task[None] | None = None
         self._futures: dict[Job, asyncio.Future[Outcome]] = {}
+        self._ends: dict[Job, Callable[[Outcome], None]] = {}
 
     # What jobs and nodes call ------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class Runner:
         def send() -> tuple[int, Any] | None:
             try:
                 self.engine.submit(ticket, request, key)
-            except ThriftyError as refused:
+            except Exception as refused:
                 return ticket, refused
             return None
 
@@ -215,44 +216,89 @@ class Runner:
         return {job: None for job in jobs if job.finished}
 
     async def asolve(
-        self, strategy: Strategy, problem: Problem, seed: int = 0, emit: Callable[[str], None] = lambda text: None
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        seed: int = 0,
+        emit: Callable[[str], None] = lambda text: None,
+        on_end: Callable[[Outcome], None] | None = None,
     ) -> Outcome:
         """Solve one problem among others that are under way. Cancelling the caller stops its rows.
 
+        ``on_end`` hears the outcome once, when all of the problem's rows have ended and are counted: also where the
+        caller was cancelled or an error was raised, which may be before that. Nothing is chosen then.
         Raises what ``solve`` does, but a run is never over here: a problem whose rows all failed is a failed outcome.
         """
         capabilities.check(strategy, self.engine)
         job = Job(self, problem, strategy, seed, emit)
         future = self._futures[job] = asyncio.get_running_loop().create_future()
+        if on_end is not None:
+            self._ends[job] = on_end
         try:
             job.root.start()
             if job.finished:
-                return job.outcome()
-            if self._pump is None or self._pump.done():
-                self._pump = asyncio.create_task(self._turn())
+                return self._end(job)
+            self._run()
             return await future
-        except BaseException:
-            job.root.stop()
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                job.root.stop()
+            if job.finished and job in self._ends:
+                self._end(job)
+            elif isinstance(error, Exception):
+                self._run()  # what it had begun before the fault is stopped, and counted
             raise
         finally:
             self._futures.pop(job, None)
 
+    def _run(self) -> None:
+        if self._waiting and (self._pump is None or self._pump.done()):
+            self._pump = asyncio.create_task(self._turn())
+
     async def _turn(self) -> None:
+        while self._waiting:
+            self._expire(self._futures)
+            try:
+                replies = await asyncio.to_thread(self._work, self._take_outbox())
+            except Exception as fault:
+                self._lose(fault)
+                continue
+            for ticket, reply in replies:
+                if ticket in self._waiting:  # else a defect has lost it, and nobody waits for it
+                    self._answer(ticket, reply)
+
+    def _answer(self, ticket: int, reply: Any) -> None:
+        job = self._waiting[ticket][0]
         try:
-            while self._waiting:
-                self._expire(self._futures)
-                for ticket, reply in await asyncio.to_thread(self._work, self._take_outbox()):
-                    job = self._waiting[ticket][0]
-                    try:
-                        self._deliver(ticket, reply)
-                    except Exception as fault:
-                        self._fail(list(self._futures) if isinstance(fault, _Outage) else [job], fault)
-                        continue
-                    future = self._futures.get(job)
-                    if job.finished and future is not None and not future.done():
-                        future.set_result(job.outcome())
+            self._deliver(ticket, reply)
         except Exception as fault:
-            self._fail(list(self._futures), fault)
+            self._fail(list(self._futures) if isinstance(fault, _Outage) else [job], fault)
+        if job.finished:
+            try:
+                self._end(job)
+            except Exception as fault:
+                self._fail([job], fault)
+
+    def _end(self, job: Job) -> Outcome:
+        """Nothing of ``job`` is left to count: tell whoever waits, and whoever only wants to know."""
+        outcome = job.outcome()
+        on_end, future = self._ends.pop(job, None), self._futures.get(job)
+        if on_end is not None:
+            on_end(outcome)
+        if future is not None and not future.done():
+            future.set_result(outcome)
+        return outcome
+
+    def _lose(self, fault: Exception) -> None:
+        """The engine has a defect: all requests fail with it, and no row of theirs is waited for any more."""
+        lost, self._waiting = self._waiting, {}
+        self._outbox.clear()
+        self._fail(list(self._futures), fault)  # puts into the outbox that the rows are to end, if there still are any
+        for job in {job: None for job, _ in lost.values()}:
+            job.rows_out = 0
+            if job.finished:
+                with contextlib.suppress(Exception):
+                    self._end(job)
 
     def _fail(self, jobs: list[Job], fault: Exception) -> None:
         """End ``jobs`` with ``fault`` and stop their rows; the other callers' go on."""
