@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -52,10 +53,17 @@ def test_without_a_tokenizer_a_chain_is_continued_by_chat(dialect: str) -> None:
     assert rest.usage.generated == len(whole.ids) - 9
     [forked] = run(engine, replace(ask, prefix=rest.ids[:5], until=(END_OF_THOUGHT,)))
     assert (forked.finish, forked.closed, forked.thought) == ("until", True, whole.thought)
+    ids = head.ids.tolist()
+    assert len(engine.text.pieces) > 5
+    del whole, head, rest, forked
+    gc.collect()
+    assert len(engine.text.pieces) == 0, "the rows have ended and nobody holds their traces"
+    with pytest.raises(ThriftyError, match="forgotten"):
+        engine.submit(0, replace(ask, prefix=ids), (0,))
     engine.close()
     strange = OpenAIEngine(dialect, LONG, temperature=0.0, patience=QUICK)
     with pytest.raises(ThriftyError, match="another endpoint engine"):
-        strange.submit(0, replace(ask, prefix=head.ids), (0,))
+        strange.submit(0, replace(ask, prefix=ids), (0,))
     strange.close()
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ssl
 import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving import QUICK, free_port
 from thrifty.contracts import ThriftyError
 from thrifty.engines import _openai_http
 from thrifty.engines._openai_stream import Reply, Transient, events, parse
-from thrifty.engines._openai_text import UNKNOWN, Text
+from thrifty.engines._openai_text import LOWEST, UNKNOWN, Pieces, Text
 from thrifty.engines.openai import OpenAIEngine, Patience
 
 
@@ -56,6 +58,56 @@ def test_text_is_named_by_pieces_without_a_tokenizer() -> None:
     assert text.trimmed(" 3<|im_end|><|endoftext|>\n") == " 3"
     with pytest.raises(ThriftyError, match="tokenizer"):
         text.decode([5])
+
+
+def test_pieces_are_kept_as_long_as_somebody_holds_their_ids() -> None:
+    text = Text()
+    one, two = text.encode(["a", "b", "a"]), text.encode(["b", "c"])
+    assert (len(text.pieces), one[1]) == (3, two[0])
+    whole = text.pieces.keep(np.concatenate([one, two, [UNKNOWN]]))
+    del one, two
+    part, copied = whole[2:4], whole.tolist()
+    assert text.decode(whole) == "ababc"
+    del whole
+    gc.collect()
+    assert text.decode(part) == "ab", "a slice holds what it was cut from"
+    assert len(text.pieces) == 3
+    del part
+    gc.collect()
+    assert len(text.pieces) == 0
+    with pytest.raises(ThriftyError, match="forgotten"):
+        text.decode(copied)
+    again = text.encode(["a"])
+    assert again[0] not in copied, "a forgotten id does not come to mean something else"
+
+
+def test_ids_of_pieces_begin_again_where_they_are_used_up() -> None:
+    pieces = Pieces()
+    first = pieces.name(["kept"])
+    pieces._last = LOWEST + 1
+    low, around = pieces.name(["low"]), pieces.name(["around"])
+    assert (low[0], around[0]) == (LOWEST, first[0] - 1)
+    assert [pieces.text(int(i)) for i in (first[0], low[0], around[0])] == ["kept", "low", "around"]
+
+
+def test_threads_share_pieces() -> None:
+    pieces = Pieces()
+
+    def work(seed: int) -> None:
+        for i in range(300):
+            ids = pieces.name([f"{(seed * i + k) % 17}" for k in range(5)])
+            wanted = [f"{(seed * i + k) % 17}" for k in range(5)]
+            found.append([pieces.text(int(i)) for i in ids] == wanted)
+
+    found: list[bool] = []
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(found) == 1200
+    assert all(found)
+    assert len(pieces) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """Token ids of text that came from an endpoint, with the model's tokenizer or without one.
 
 Without a tokenizer a piece of text is named by an id below -1 that means something to this engine alone; -1 is a token
-whose text is not known. So a response can be cut, continued and measured by its ids all the same.
+whose text is not known. So a response can be cut, continued and measured by its ids all the same. A piece is kept as
+long as the ids of a row or of a trace that hold it.
 """
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,8 +22,68 @@ from thrifty.contracts import Prompt, ThriftyError
 from thrifty.models.chat import TAGS, ChatFormat
 
 UNKNOWN = -1
+LOWEST = -(2**31)
+"""Of ids, which are int32: behind it they begin again with those that are free."""
 LEAKED = r"<\|[^<>|\s]{1,40}\|>"
 """What special tokens look like that a server leaves in its text: <|im_end|>, <|eot_id|>, ..."""
+
+
+class Pieces:
+    """Pieces of text by id, below -1. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}
+        self._ids: dict[str, int] = {}
+        self._uses: Counter[int] = Counter()
+        self._last = UNKNOWN
+        self._lock = threading.Lock()
+        # Arrays may be collected at any point, in the middle of this class too: their ids wait here.
+        self._gone: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
+
+    def __len__(self) -> int:
+        """How many pieces are kept."""
+        with self._lock:
+            self._sweep()
+            return len(self._texts)
+
+    def name(self, parts: Iterable[str]) -> np.ndarray:
+        """The ids of ``parts``, int32 ``[n]``; the pieces are kept as long as this array, or one given to ``keep``."""
+        with self._lock:
+            self._sweep()
+            return self._held(np.array([self._id(part) for part in parts], np.int32))
+
+    def keep(self, ids: np.ndarray) -> np.ndarray:
+        """``ids``, whose pieces are now kept as long as this very array."""
+        with self._lock:
+            return self._held(ids)
+
+    def text(self, piece: int) -> str | None:
+        """What ``piece`` stands for; None where it was of another engine, or is forgotten."""
+        return self._texts.get(piece)
+
+    def _id(self, text: str) -> int:
+        found = self._ids.get(text)
+        while found is None:
+            self._last = UNKNOWN - 1 if self._last <= LOWEST else self._last - 1
+            if self._last not in self._texts:
+                found = self._ids[text] = self._last
+                self._texts[found] = text
+        return found
+
+    def _held(self, ids: np.ndarray) -> np.ndarray:
+        held = tuple(i for i in set(ids[ids < UNKNOWN].tolist()) if i in self._texts)
+        if held:
+            self._uses.update(held)
+            weakref.finalize(ids, self._gone.put, held).atexit = False
+        return ids
+
+    def _sweep(self) -> None:
+        while not self._gone.empty():
+            for piece in self._gone.get():
+                self._uses[piece] -= 1
+                if not self._uses[piece]:
+                    del self._uses[piece]
+                    del self._ids[self._texts.pop(piece)]
 
 
 class Text:
@@ -32,8 +97,7 @@ class Text:
             self.chat = ChatFormat(None, *tags, declared=False)
         else:
             self.chat = ChatFormat.detect(self.tokenizer)
-        self.pieces: list[str] = []
-        self._ids: dict[str, int] = {}
+        self.pieces = Pieces()
         special: set[str] = set()
         if self.tokenizer is not None:
             added = self.tokenizer.added_tokens_decoder.values()
@@ -43,19 +107,12 @@ class Text:
         self.hides_tags = self.chat.close in special
         """The closing tag is a special token, which servers leave out of their text unless asked."""
 
-    def piece(self, text: str) -> int:
-        """The id of a piece of text: below -1."""
-        if text not in self._ids:
-            self._ids[text] = -2 - len(self.pieces)
-            self.pieces.append(text)
-        return self._ids[text]
-
-    def encode(self, parts: Iterable[str]) -> list[int]:
-        """Ids of a text that came in ``parts``."""
+    def encode(self, parts: Iterable[str]) -> np.ndarray:
+        """Ids of a text that came in ``parts``, int32 ``[n]``; see ``Pieces`` for how long they mean something."""
         if self.tokenizer is None:
-            return [self.piece(part) for part in parts if part]
+            return self.pieces.name(part for part in parts if part)
         text = "".join(parts)
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False) if text else [], np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids, of a tokenizer's and pieces alike; ThriftyError where a piece is of another engine."""
@@ -73,6 +130,8 @@ class Text:
 
     def count(self, part: str) -> int:
         """How many tokens a delta has, about: deltas mostly are single tokens."""
+        if self.tokenizer is None:
+            return int(bool(part))
         return len(self.encode([part])) if part else 0
 
     def trimmed(self, text: str) -> str:
@@ -100,9 +159,13 @@ class Text:
                 yield self.chat.decode(run)
                 run = []
             if i < UNKNOWN:
-                if -2 - i >= len(self.pieces):
-                    raise ThriftyError("the prefix was made by another endpoint engine: continue it with that one")
-                yield self.pieces[-2 - i]
+                piece = self.pieces.text(i)
+                if piece is None:
+                    raise ThriftyError(
+                        "the prefix was made by another endpoint engine, or its trace is forgotten: continue it with "
+                        "that engine while you hold the trace, or give the engine a tokenizer"
+                    )
+                yield piece
 
 
 def _load(name: Any) -> Any:

@@ -31,7 +31,7 @@ class Row:
     text: Text
     echo: str
     """The user's last message."""
-    injected: list[int]
+    injected: np.ndarray
     before: str
     """Text of prefix and injection: the response so far."""
     stops: tuple[str, ...]
@@ -146,8 +146,9 @@ def build(row: Row, warn: Callable[[str, str], None]) -> Trace:
     thought, response, closed = (replace(chat, prefilled=True) if open_chain else chat).split(full)
 
     start = len(row.request.prefix)
-    head = [*map(int, row.request.prefix), *row.injected]
-    new, chances = _tokens(row, parts, reply)
+    head = [*map(int, row.request.prefix), *map(int, row.injected)]
+    held, chances = _tokens(row, parts, reply)
+    new = [int(i) for ids in held for i in ids]
     ended = finish == "stop" and text.tokenizer is not None and not reply.logprobs
     new += [text.tokenizer.eos_token_id if text.tokenizer.eos_token_id is not None else UNKNOWN] if ended else []
     server = reply.count("completion_tokens") if row.cut is None or not reply.streamed else None
@@ -172,8 +173,9 @@ def build(row: Row, warn: Callable[[str, str], None]) -> Trace:
 
     usage = _usage(row, reply, finish, cut - len(head), len(ids) - len(head))
     trace = Trace(
-        ids=np.array(ids, np.int32), thought=thought, response=response, closed=closed, finish=finish, start=start,
-        spans=_spans(start, len(head), cut, len(ids)), usage=usage, prompt_ids=row.prompt_ids,
+        ids=text.pieces.keep(np.array(ids, np.int32)), thought=thought, response=response, closed=closed,
+        finish=finish, start=start, spans=_spans(start, len(head), cut, len(ids)), usage=usage,
+        prompt_ids=row.prompt_ids,
     )  # fmt: skip
     if "logprobs" in row.request.want:
         told = np.full(len(ids) - start, np.nan, np.float32)
@@ -218,14 +220,14 @@ def _clipped(parts: Sequence[str], length: int) -> list[str]:
     return kept
 
 
-def _tokens(row: Row, parts: list[str], reply: Reply) -> tuple[list[int], list[float]]:
-    """Ids of the new tokens, and their log-probabilities where they are wanted and told."""
+def _tokens(row: Row, parts: list[str], reply: Reply) -> tuple[list[np.ndarray], list[float]]:
+    """Ids of the new tokens, in parts, and their log-probabilities where they are wanted and told."""
     if "logprobs" not in row.request.want or not reply.logprobs:
-        return row.text.encode(parts), []
+        return [row.text.encode(parts)], []
     ids = []
     for _, token, _ in reply.logprobs:
-        found = row.text.encode([whole(token)]) if row.text.tokenizer is not None else []
-        ids.append(found[0] if len(found) == 1 else row.text.piece(whole(token)))
+        found = row.text.encode([whole(token)])
+        ids.append(found if len(found) == 1 else row.text.pieces.name([whole(token)]))
     return ids, [chance for _, _, chance in reply.logprobs]
 
 

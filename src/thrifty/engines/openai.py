@@ -15,6 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -184,6 +185,8 @@ class OpenAIEngine:
         turns = _turns(request.prompt)
         inject = request.inject.replace(END_OF_THOUGHT, chat.close)
         injected = self.text.encode([inject])
+        if len(request.prefix):  # the row holds it, whatever becomes of the trace that it came from
+            request = replace(request, prefix=self.text.pieces.keep(np.array(request.prefix, np.int32)))
         before = self.text.decode(request.prefix) + inject if len(request.prefix) or inject else ""
         stops = tuple(stop.replace(END_OF_THOUGHT, chat.close) for stop in request.until)
         completions = self.api == "completions" or (bool(before) and facts.continuation == "completions")
@@ -239,8 +242,8 @@ class OpenAIEngine:
             raise ThriftyError(f"{self.endpoint.base_url} scores nothing: {self.missing['score']}")
         prefix = [int(i) for i in request.prefix]
         if any(i < 0 for i in prefix):  # tokens that the server did not name
-            prefix = self.text.encode([self.text.decode(prefix)])
-        texts = [self.text.encode([text]) for text in request.continuations]
+            prefix = self.text.encode([self.text.decode(prefix)]).tolist()
+        texts = [self.text.encode([text]).tolist() for text in request.continuations]
         return ScoreRow(ticket, [*self.text.chat.prompt_ids(_turns(request.prompt)), *prefix], texts)
 
     def _probe(self) -> Facts:
