@@ -15,9 +15,11 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
 import tiny
-from thrifty.contracts import END_OF_THOUGHT, Sample, Score, Scores, ThriftyError, Trace
+from thrifty.contracts import END_OF_THOUGHT, Problem, RowFailed, Sample, Score, Scores, ThriftyError, Trace
 from thrifty.engines.local import LocalEngine
+from thrifty.engines.runner import Runner
 from thrifty.models.load import Loaded, wrap
+from thrifty.solve.search.self_consistency import SelfConsistency
 
 torch.set_num_threads(1)  # two cores are shared by everything that runs
 PROMPTS = ["2 + 2", "a much longer prompt than the others, to make rows of unlike length", "x", "the same", "the same"]
@@ -498,11 +500,43 @@ def test_a_decoder_owns_its_rows_and_shares_the_engine(loaded: Loaded) -> None:
 # Bad input -----------------------------------------------------------------------------------------------
 
 
+def test_a_prompt_longer_than_the_context_fails_its_problem_alone(loaded: Loaded) -> None:
+    problems = [Problem(f"p{i}", "x" * (600 if i == 1 else 5 + i), None) for i in range(3)]
+    outcomes = Runner(LocalEngine(loaded, max_tokens=4)).solve(SelfConsistency(k=2), problems)
+    assert [o.failed is not None for o in outcomes] == [False, True, False]
+    assert "shorten the prompt" in outcomes[1].grade.message
+    assert outcomes[1].usage.generated == 0
+
+
+def test_after_a_fault_in_a_step_the_engine_is_empty_and_works(loaded: Loaded) -> None:
+    class Broken:
+        def start(self, tokenizer: Any) -> int:
+            return 0
+
+        def step(self, tails: Any, logits: Any, states: Any) -> Any:
+            if any(tail.new > 2 for tail in tails):
+                raise ZeroDivisionError("a defect")
+            return logits, [()] * len(tails), [False] * len(tails), states
+
+    engine = LocalEngine(loaded)
+    ask = Sample("2 + 2", temperature=0.0, max_tokens=8)
+    [expected] = run(LocalEngine(loaded), [ask])
+    engine.submit(0, replace(ask, controls=(Broken(),)), (0,))
+    engine.submit(1, ask, (1,))
+    with pytest.raises(ZeroDivisionError):
+        [engine.poll() for _ in range(20)]
+    assert not engine.busy
+    assert engine.poll() == []
+    engine.limit(1, 0)  # of a row that is gone
+    [trace] = run(engine, [ask])
+    assert trace.ids.tolist() == expected.ids.tolist()
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_its_key_and_lengths(loaded: Loaded) -> None:
     engine = LocalEngine(loaded)
-    with pytest.raises(ThriftyError, match=r"roll-17.*prompt has \d{3} tokens.*512"):
+    with pytest.raises(RowFailed, match=r"roll-17.*prompt has \d{3} tokens.*512"):
         engine.submit(0, Sample("x" * 600), (0, "roll-17", 0))
-    with pytest.raises(ThriftyError, match="512"):
+    with pytest.raises(RowFailed, match="512"):
         engine.submit(0, Score("x" * 490, ("y" * 40,)), (0,))
     assert engine.poll() == []
     long = Sample("x" * 470, temperature=1.0)

@@ -367,9 +367,14 @@ def test_a_prompt_longer_than_the_context_is_named(model: str, tmp_path: Path) -
     path = tmp_path / "long.jsonl"
     rows = [{"question": f"{i} " + "word " * (2000 if i == 3 else 2), "answer": "1"} for i in range(5)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    told = refused("measure", "--model", model, "--task", f"file:{path}?split=test", "--runs", tmp_path, *SMALL)
-    assert "512" in told
-    assert "context" in told
+    words = ("--task", f"file:{path}?split=test", "--runs", tmp_path, "--name", "m", *SMALL)
+    told = thrifty("measure", "--model", model, *words)
+    assert told.exit_code == 0, told.output
+    [setting] = json.loads((tmp_path / "m" / "result.json").read_text("utf-8"))["settings"]
+    assert (setting["n"], setting["failed"]) == (5, 1)
+    assert "1 of 5 problems failed" in told.output
+    assert "512" in told.output
+    assert "context" in told.output
 
 
 def test_measure_compares_strategies_and_counts_money(model: str, tmp_path: Path) -> None:

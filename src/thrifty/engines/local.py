@@ -16,6 +16,7 @@ from thrifty.contracts import (
     Finish,
     Hidden,
     Prompt,
+    RowFailed,
     Sample,
     Score,
     Scores,
@@ -74,7 +75,10 @@ class LocalEngine:
     # What the runner calls -------------------------------------------------------------------------------
 
     def submit(self, ticket: int, request: Sample | Score | Hidden, key: tuple[Hashable, ...]) -> None:
-        """Queue one row; ThriftyError where it cannot run (unknown role or adapter, context too long)."""
+        """Queue one row; ThriftyError where it cannot run (unknown role or adapter).
+
+        Where prompt and response so far are longer than the model's context, the row alone fails: ``RowFailed``.
+        """
         batch = self._batch(request.role)
         request = replace(request, adapters=self._adapters[request.role].resolve(request.adapters))
         chat = batch.loaded.chat
@@ -131,7 +135,18 @@ class LocalEngine:
             self._decoders.add(row)
 
     def poll(self) -> list[tuple[int, Trace | Scores]]:
-        """At most ``SLICE`` steps, fewer where a row ends: limits and cancellations get through between slices."""
+        """At most ``SLICE`` steps, fewer where a row ends: limits and cancellations get through between slices.
+
+        What is raised here comes from a control, a patch, a decoder or the model. All rows are dropped then: the engine
+        can be used again.
+        """
+        try:
+            return self._polled()
+        except Exception:
+            self._drop()
+            raise
+
+    def _polled(self) -> list[tuple[int, Trace | Scores]]:
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             for adapters in self._adapters.values():
                 stack.enter_context(adapters.on())
@@ -210,11 +225,22 @@ class LocalEngine:
         if not len(context):
             raise ThriftyError(f"empty prompt for {key}: there is no token to start from")
         if limit is not None and len(context) + more > limit:
-            raise ThriftyError(
+            raise RowFailed(
                 f"{key}: the prompt has {len(prompt)} tokens, the response so far {len(context) - len(prompt) + more}; "
                 f"together they exceed the {limit} tokens of {batch.loaded.name}'s context: shorten the prompt"
             )
         return context
+
+    def _drop(self) -> None:
+        """Forget all rows: after a fault in the middle of a step nobody knows what state they are in."""
+        self._rows.clear()
+        self._ended = []
+        self._decoders = Decoders(self.batches)
+        for batch in self.batches.values():
+            batch.queue.clear()
+            batch.scores.clear()
+            batch.rows.clear()
+            batch.ended.clear()
 
     def _scored(self, batch: Batch) -> list[tuple[int, Scores]]:
         replies = []
