@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -22,9 +23,13 @@ from serving import DIRECT, free_port
 from thrifty import assets, tasks
 from thrifty.commands.serve import gateway
 from thrifty.contracts import ThriftyError
+from thrifty.engines.scripted import ScriptedEngine
 from thrifty.serve import effort, methods
 from thrifty.serve.app import build
-from thrifty.serve.keys import Keys
+from thrifty.serve.backend import Answer, Backend, Job
+from thrifty.serve.keys import Keys, Limits
+from thrifty.serve.schemas import Ask
+from thrifty.serve.usage import Metrics
 
 torch.set_num_threads(1)
 LONG = str(assets.find("long"))
@@ -455,6 +460,36 @@ def test_whether_a_strategy_compares_answers_is_read_off_its_code():
     compares = {key for key in methods.found() if methods.reads_answers(methods.found()[key].path)}
     assert {"self-consistency", "short-m-at-k"} <= compares
     assert not compares & {"single-pass", "greedy", "truncation", "trimr", "tldr-ts", "lookahead-trie"}
+
+
+def test_what_a_client_that_left_had_cost_is_told_and_counted():
+    engine = ScriptedEngine(lambda prompt, key: "w " * 50_000 + "</think> 1")
+    backend, told = Backend(engine, Limits()), list[Answer]()
+    backend.unanswered = told.append
+    ask = Job(Ask(True, "m", {}, n=2), "a question", methods.Choice("none"))
+
+    async def leave() -> None:
+        work = asyncio.create_task(backend.answer(ask))
+        while not engine.generated:
+            await asyncio.sleep(0.001)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        while not told:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(leave())
+    [answer] = told
+    assert answer.traces == []
+    assert 0 < answer.outcome.usage.generated == engine.generated
+    metrics = Metrics()
+    metrics.unanswered(answer)
+    page = metrics.page().decode()
+    for kind in ("unanswered", "completion", "cancelled"):
+        assert f'thrifty_tokens_total{{kind="{kind}"}} {float(engine.generated)}' in page
+    engine.script = lambda prompt, key: "w </think> 1"
+    asyncio.run(backend.answer(ask))
+    assert len(told) == 1, "an answered request is not told"
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ class Backend:
             engine, limits, chat, context, answer_tokens,
         )  # fmt: skip
         self.runner = Runner(engine)
+        self.unanswered: Callable[[Answer], None] = lambda answer: None
+        """Hears, once its rows have ended, what a request has cost that got no answer: it failed or its client left."""
         self.controls = "controls" in engine.capabilities
 
     def check(self, job: Job) -> None:
@@ -114,15 +116,36 @@ class Backend:
         served, text = self._served(job, record, heard)
         seed = random.getrandbits(48) if ask.seed is None else ask.seed
         name = hashlib.blake2b(repr((str(job.prompt), ask.chat)).encode("utf-8", "replace"), digest_size=8).hexdigest()
-        outcome = await self.runner.asolve(served, Problem(name, text, None), seed)
-        fault = record.fault or outcome.failed
-        if fault is not None:
-            raise fault
-        if outcome.chosen is None and not record.answers:
-            raise ApiError(500, f"{job.choice.key} gave up without an answer")
+        costs: list[Outcome] = []
+        failed = False
+
+        def ended(outcome: Outcome) -> None:
+            costs.append(outcome)
+            if failed:
+                tell()
+
+        def tell() -> None:
+            self.unanswered(Answer(job, [], costs[0], record, time.perf_counter() - started))
+
+        try:
+            outcome = await self.runner.asolve(served, Problem(name, text, None), seed, on_end=ended)
+            fault = record.fault or outcome.failed
+            if fault is not None:
+                raise fault
+            if outcome.chosen is None and not record.answers:
+                raise ApiError(500, f"{job.choice.key} gave up without an answer")
+        except BaseException:
+            failed = True
+            if costs:
+                tell()
+            raise
         chosen = outcome.chosen or record.answers[0]
         traces = record.answers if ask.n > 1 and len(record.answers) == ask.n else [chosen]
         return Answer(job, traces, outcome, record, time.perf_counter() - started)
+
+    def strategy(self, job: Job, record: Record) -> Served:
+        """The job as a strategy for its prompt, under the conditions in which ``answer`` runs it."""
+        return self._served(job, record, None)[0]
 
     def close(self) -> None:
         """End what the engine has open."""

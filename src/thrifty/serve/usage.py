@@ -116,5 +116,11 @@ class Metrics:
             if isinstance(number, int) and number > 0:
                 self.tokens.labels(kind).inc(number)
 
+    def unanswered(self, answer: Answer) -> None:
+        """Add the tokens of a request that got no answer (``Backend.unanswered``); kind "unanswered" has them alone."""
+        spent = usage([answer])
+        self.count(spent, block([answer], False))
+        self.tokens.labels("unanswered").inc(spent["completion_tokens"])
+
     def page(self) -> bytes:
         return bytes(generate_latest(self.registry))
