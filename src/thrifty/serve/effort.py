@@ -11,8 +11,8 @@ is usually the shortest), ``thinking_token_budget`` (a whole number, null for no
 ``MODEL:``, such as ``truncation:budget=64``; null for the plain model). ``accuracy`` is the share of right answers on
 ``n`` problems of ``task``, ``tokens`` the mean generated tokens per problem. A number as effort lies between the names,
 which are equally far apart: none 0, minimal 0.25, low 0.5, medium 0.75, high 1. Between two measured levels numbers are
-interpolated linearly, and a strategy is the nearer level's; beyond the measured ones there is no promise, so it is
-refused.
+interpolated linearly, unless ``"between": "nearest"`` says that what lies there is worse, and a strategy is the nearer
+level's; beyond the measured ones there is no promise, so it is refused. ``thrifty calibrate`` writes such files.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FORMAT = "thrifty-effort/1"
 EFFORTS: Mapping[str, float] = {"none": 0.0, "minimal": 0.25, "low": 0.5, "medium": 0.75, "high": 1.0}
 Dial = Literal["strength", "thinking_token_budget", "strategy"]
 DIALS: tuple[str, ...] = get_args(Dial)
+Between = Literal["interpolate", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Calibration:
     dial: Dial
     levels: Mapping[str, Level]
     format: str = field(default=FORMAT)
+    between: Between = "interpolate"
+    """What a number means that lies between two levels: a setting between theirs, or the nearer one's."""
 
     def at(self, effort: str | float) -> Level:
         """The level of a name or of a number in [0, 1]; measured figures between two levels are interpolated.
@@ -73,7 +76,8 @@ class Calibration:
         (low, one), (high, other) = below[-1], above[0]
         share = (place - low) / (high - low)
         setting: float | int | str | None
-        if isinstance(one.setting, int | float) and isinstance(other.setting, int | float):
+        turned = self.between == "interpolate"
+        if turned and isinstance(one.setting, int | float) and isinstance(other.setting, int | float):
             setting = _between(one.setting, other.setting, share)
             setting = round(setting) if self.dial == "thinking_token_budget" else setting
         else:
@@ -110,8 +114,11 @@ def load(path: Path) -> Calibration:
         raise ThriftyError(f"{path}: dial is {data['dial']!r}; choose {', '.join(DIALS)}")
     if len(data["levels"]) < 2:
         raise ThriftyError(f"{path}: a calibration needs two levels or more, it has {len(data['levels'])}")
+    between = data.get("between", "interpolate")
+    if between not in get_args(Between):
+        raise ThriftyError(f"{path}: between is {between!r}; choose {', '.join(get_args(Between))}")
     levels = {name: _level(path, name, data["dial"], level) for name, level in data["levels"].items()}
-    return Calibration(data["model"], data["task"], data["n"], data["dial"], levels)
+    return Calibration(data["model"], data["task"], data["n"], data["dial"], levels, between=between)
 
 
 def save(calibration: Calibration, path: Path) -> None:
@@ -124,7 +131,7 @@ def save(calibration: Calibration, path: Path) -> None:
         levels[name] = told
     data = {
         "format": FORMAT, "model": calibration.model, "task": calibration.task, "n": calibration.n,
-        "dial": calibration.dial, "levels": levels,
+        "dial": calibration.dial, "between": calibration.between, "levels": levels,
     }  # fmt: skip
     write_json(path, data)
 
