@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client.core import CounterMetricFamily, Metric
 from starlette.exceptions import HTTPException
 
 from thrifty.contracts import ThriftyError
@@ -17,6 +18,9 @@ from thrifty.serve.gateway import Gateway
 from thrifty.serve.keys import Gate
 from thrifty.serve.turn import Turn
 from thrifty.serve.usage import Metrics
+
+if TYPE_CHECKING:
+    from thrifty.engines.meter import Meter
 
 
 def build(gateway: Gateway) -> FastAPI:
@@ -32,6 +36,8 @@ def build(gateway: Gateway) -> FastAPI:
 
     app = FastAPI(title="thrifty", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     metrics, gate = Metrics(), Gate(gateway.limits)
+    if gateway.backend is not None and hasattr(gateway.backend.engine, "meter"):
+        metrics.registry.register(Metered(gateway.backend.engine.meter))
     app.state.gateway, app.state.metrics, app.state.gate = gateway, metrics, gate
 
     @app.exception_handler(ApiError)
@@ -89,6 +95,20 @@ def build(gateway: Gateway) -> FastAPI:
         return await Turn(gateway, metrics, gate, request, False).answer()
 
     return app
+
+
+class Metered:
+    """What the model here did, for Prometheus: rows count as they end, those that nobody waited for too."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def collect(self) -> Iterator[Metric]:
+        found = CounterMetricFamily("thrifty_engine_tokens", "Tokens of the model here, by kind", labels=["kind"])
+        total = self.meter.total()
+        for kind in ("prompt", "cached", "thought", "answer", "injected", "discarded"):
+            found.add_metric([kind], getattr(total, kind))
+        yield found
 
 
 def _offered(gateway: Gateway) -> list[str]:

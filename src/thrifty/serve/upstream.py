@@ -44,6 +44,7 @@ class Upstream:
         self.backends: dict[str, Backend] = {}
         self._making = asyncio.Lock()
         self._models: tuple[float, dict[str, Any] | None] = (0.0, None)
+        self._asking: asyncio.Future[None] | None = None
 
     async def close(self) -> None:
         for backend in self.backends.values():
@@ -51,16 +52,21 @@ class Upstream:
         await self.client.aclose()
 
     async def models(self) -> dict[str, Any] | None:
-        """The upstream's answer to /models; None where it gives none."""
+        """The upstream's answer to /models; None where it gives none. Asked once for all who wait for it."""
         at, known = self._models
         if known is None or time.monotonic() - at > MODELS_SECONDS:
-            try:
-                reply = await self.client.get(f"{self.url}/models", timeout=httpx2.Timeout(3.0))
-                found = reply.json() if reply.status_code == 200 else None
-            except (httpx2.HTTPError, ValueError):
-                found = None
-            self._models = (time.monotonic(), found if isinstance(found, dict) else None)
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.ensure_future(self._ask_models())
+            await asyncio.shield(self._asking)  # who goes first leaves the others their answer
         return self._models[1]
+
+    async def _ask_models(self) -> None:
+        try:
+            reply = await self.client.get(f"{self.url}/models", timeout=httpx2.Timeout(3.0))
+            found = reply.json() if reply.status_code == 200 else None
+        except (httpx2.HTTPError, ValueError):
+            found = None
+        self._models = (time.monotonic(), found if isinstance(found, dict) else None)
 
     async def names(self) -> list[str]:
         data = (await self.models() or {}).get("data")
