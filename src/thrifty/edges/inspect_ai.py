@@ -80,7 +80,9 @@ def task(
     problems = task.problems(split, n, seed, levels)
     name = "".join(c if c.isalnum() else "_" for c in task.name).strip("_")
     about: dict[str, Any] = {"name": name, "dataset": of_problems(problems, name), "scorer": scorer(task, problems)}
-    return inspect_ai.Task(**about, **({} if solver is None else {"solver": solver}))
+    if solver is not None:
+        about["solver"] = solver
+    return inspect_ai.Task(**about)
 
 
 def of_problems(problems: Sequence[Problem], name: str | None = None) -> MemoryDataset:
