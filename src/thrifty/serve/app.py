@@ -36,6 +36,9 @@ def build(gateway: Gateway) -> FastAPI:
 
     app = FastAPI(title="thrifty", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     metrics, gate = Metrics(), Gate(gateway.limits)
+    for one in (gateway.upstream, gateway.backend):
+        if one is not None:
+            one.unanswered = metrics.unanswered
     if gateway.backend is not None and hasattr(gateway.backend.engine, "meter"):
         metrics.registry.register(Metered(gateway.backend.engine.meter))
     app.state.gateway, app.state.metrics, app.state.gate = gateway, metrics, gate

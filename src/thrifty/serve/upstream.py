@@ -12,7 +12,7 @@ import httpx2
 
 from thrifty.contracts import ThriftyError
 from thrifty.engines.openai import OpenAIEngine
-from thrifty.serve.backend import Backend
+from thrifty.serve.backend import Answer, Backend
 from thrifty.serve.errors import ApiError
 from thrifty.serve.keys import Limits
 from thrifty.serve.streaming import event
@@ -42,6 +42,8 @@ class Upstream:
         room = httpx2.Limits(max_connections=None, max_keepalive_connections=limits.concurrency)
         self.client = httpx2.AsyncClient(timeout=wait, limits=room, headers=self.headers, follow_redirects=False)
         self.backends: dict[str, Backend] = {}
+        self.unanswered: Callable[[Answer], None] = lambda answer: None
+        """What its backends tell (``Backend.unanswered``)."""
         self._making = asyncio.Lock()
         self._models: tuple[float, dict[str, Any] | None] = (0.0, None)
         self._asking: asyncio.Future[None] | None = None
@@ -86,7 +88,8 @@ class Upstream:
                 except ThriftyError as error:
                     raise ApiError(502, str(error), code="upstream_unavailable") from error
                 chat = engine.text.chat if engine.text.tokenizer is not None else None
-                self.backends[model] = Backend(engine, self.limits, chat, None, self.answer_tokens)
+                backend = self.backends[model] = Backend(engine, self.limits, chat, None, self.answer_tokens)
+                backend.unanswered = self.unanswered
             return self.backends[model]
 
     async def send(self, path: str, body: bytes) -> httpx2.Response:
