@@ -1,6 +1,6 @@
 """A server of ours for benches: it speaks as vLLM does and writes one token every ``--pace`` seconds.
 
-    python bench/_paced.py --pace 0.02 --first 0.05 --slots 64
+    python bench/_paced.py --port 8000 --pace 0.02 --first 0.05 --slots 64
 
 Run in a process of its own (``Paced``), with nothing but the standard library, so that what is measured is what stands
 before it. At most ``--slots`` streams run at once, the others wait, as on a server whose batch is full. Answers are
@@ -328,5 +328,7 @@ if __name__ == "__main__":
     parser.add_argument("--slots", type=int, default=1 << 20, help="streams at once")
     parser.add_argument("--least", type=int, default=20, help="tokens of the shortest chain")
     parser.add_argument("--most", type=int, default=200, help="tokens of the longest chain")
-    parser.add_argument("--port", type=int, default=8000)
-    asyncio.run(_main(**vars(parser.parse_args())))
+    parser.add_argument("--port", type=int, help="without it nothing is served: this is no bench")
+    options = parser.parse_args()
+    if options.port is not None:
+        asyncio.run(_main(**vars(options)))
