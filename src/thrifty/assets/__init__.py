@@ -7,7 +7,9 @@ from pathlib import Path
 
 from thrifty.contracts import ThriftyError
 
-NAMES: tuple[str, ...] = ("long", "long-1", "long-2", "short", "short-1", "short-2", "mixed", "base")
+NAMES: tuple[str, ...] = tuple(
+    f"{kind}{seed}" for kind in ("long", "short", "mixed", "base") for seed in ("", "-1", "-2")
+)
 """Every student; the bare name is training seed 0."""
 STUDENTS = Path(__file__).parent / "students"
 
