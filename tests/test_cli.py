@@ -61,7 +61,7 @@ def test_the_table_fits_the_terminal(width):
     lines = re.sub(r"\x1b\[[0-9;]*m", "", run.stdout).splitlines()
     assert max(len(line) for line in lines) <= max(width, 56)  # keys and status are never cut
     assert any("short-m-at-k" in line and "missing" not in line for line in lines)
-    assert "228 papers" in lines[-1]
+    assert any(line.startswith("228 papers") for line in lines)
 
 
 @pytest.mark.parametrize(

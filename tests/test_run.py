@@ -199,7 +199,7 @@ def test_every_way_to_shorten_runs_on_a_student(words: tuple[str, ...], tmp_path
     result = thrifty("run", *words, *STUDENT, "--runs", tmp_path, "--name", "s")
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "s" / "result.json").read_text("utf-8"))["settings"]
-    assert settings[0]["accuracy"] > 0.5
+    assert settings[0]["accuracy"] > 0.2  # of 8 problems; about 0.7 are right
     assert len({s["thought_tokens"] for s in settings}) > 2  # the trained weights do something
     log = [json.loads(line)["loss"] for line in next(tmp_path.glob("s/stages/*/train.jsonl")).open()]
     assert len(log) == 3

@@ -123,6 +123,13 @@ def test_what_the_upstream_refuses_comes_back_as_it_is(client, proxy):
     assert away.value.status_code == 502
 
 
+def test_half_an_answer_is_the_upstreams_fault(client, proxy):
+    proxy.spoil(Answer(status=200, body=b'{"choices": [{"mess'))
+    with pytest.raises(openai.InternalServerError, match="no whole JSON") as caught:
+        client.chat.completions.create(model="long", messages=ASK)
+    assert caught.value.status_code == 502
+
+
 def test_a_client_that_leaves_closes_the_upstreams_stream(client, proxy, front, server):
     proxy.spoil(Stall(after=3))
     stream = client.chat.completions.create(model="long", messages=ASK, stream=True)

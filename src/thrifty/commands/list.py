@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -65,6 +66,5 @@ def _table(rows: list[registry.Entry], width: int) -> None:
         click.echo(f"  {e.key:{key}} {mark} {line if room > 8 else ''}".rstrip())
     counts = Counter(e.status for e in rows)
     papers = sum(e.priority is not None for e in rows)
-    click.echo(
-        f"{papers} papers, {len(rows) - papers} other methods: " + ", ".join(f"{n} {s}" for s, n in counts.items())
-    )
+    found = ", ".join(f"{n} {status}" for status, n in counts.items())
+    click.echo(textwrap.fill(f"{papers} papers, {len(rows) - papers} other methods: {found}", max(width, 40)))

@@ -136,6 +136,8 @@ class Turn:
         if content is None:
             self._left()
             return Response(status_code=499)
+        if reply.status_code == 200 and not _is_json(content):  # cut off, with a clean end of the connection
+            raise ApiError(502, "the upstream's answer is no whole JSON", code="upstream_broken")
         if found := told_usage(content.replace(b"\n", b" ")):
             self.metrics.count(found)
         return Response(content, reply.status_code, headers)
@@ -256,3 +258,11 @@ def api_error(error: ApiError | ThriftyError) -> ApiError:
         if isinstance(error, RowFailed) and error.outage
         else bad(str(error))
     )
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
