@@ -193,7 +193,7 @@ class Outcome:
     tried: Sequence[Trace]
     usage: Usage
     failed: RowFailed | None = None
-    """Why the problem was given up where the engine failed a row of it: nothing is chosen, ``grade.message`` says it."""
+    """Why the problem was given up where the engine failed a row of it; nothing is chosen then."""
 
 
 @dataclass(frozen=True)
