@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from thrifty.commands import _options, _runs, measure
+from thrifty.commands import _endpoint, _options, _runs
 from thrifty.contracts import ThriftyError
 
 
@@ -23,13 +23,7 @@ from thrifty.contracts import ThriftyError
 @click.option("--calibration-n", default=500, type=click.IntRange(1), help="Problems on which settings are chosen.")
 @click.option("--answer-tokens", default=256, type=click.IntRange(1), help="Kept for the answer, as the gateway does.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the file here too.")
-@click.option(
-    "--engine", type=click.Choice(["local", "openai"]), default="local",
-    help="openai: --model is the name of a model behind --base-url, --batch-size how many streams are open at once.",
-)  # fmt: skip
-@click.option("--base-url", help="Of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
-@click.option("--api-key-env", help="Environment variable that holds the server's key.")
-@click.option("--tokenizer", help="Of the served model: folder or Hub id. Counts exactly, continues responses.")
+@_endpoint.options
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -50,11 +44,10 @@ def main(
     from thrifty.serve import calibrate, effort
 
     money = _runs.prices(price)
-    served = {key: options.pop(key) for key in ("engine", "base_url", "api_key_env", "tokenizer")}
-    measure._check_served(served, options["adapter"])
+    served = _endpoint.taken(options, options["adapter"])
     dial, texts = _dial(options)
     tried = calibrate.settings(dial, texts)
-    config: dict[str, Any] = {"recipe": "calibrate", **options, **(served if served["base_url"] else {})}
+    config: dict[str, Any] = {"recipe": "calibrate", **options, **served}
     config |= {"adapter": str(options["adapter"]) if options["adapter"] else None, "dial": dial}
     config |= {key: list(options[key]) for key in ("alphas", "budgets", "strategies")}
     name = name or _runs.name_of("calibrate", config["model"], config["task"], dial, str(config["seed"]))
@@ -153,7 +146,7 @@ def _backend(lab: Any, config: dict[str, Any]) -> Any:
 
     limits = Limits(tokens=config["max_tokens"] or Limits.tokens)
     if config.get("base_url"):
-        engine = measure._endpoint(lab, config)
+        engine = _endpoint.engine(lab, config)
         chat = engine.text.chat if engine.text.tokenizer is not None else None
         return Backend(engine, limits, chat, None, config["answer_tokens"])
     engine = lab.engine()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from thrifty import registry
-from thrifty.commands import _fields, _options, _runs
+from thrifty.commands import _endpoint, _fields, _options, _runs
 from thrifty.contracts import ThriftyError
 from thrifty.tasks import SPLITS
 
@@ -24,13 +24,7 @@ from thrifty.tasks import SPLITS
 @click.option("--alpha", "alphas", multiple=True, help="Strength of the adapter. May be repeated.")
 @click.option("--no-gold", is_flag=True, help="There are no answers: measure agreement with the first setting.")
 @click.option("--budget", type=click.IntRange(1), help="Generated tokens per problem.")
-@click.option(
-    "--engine", type=click.Choice(["local", "openai"]), default="local",
-    help="openai: --model is the name of a model behind --base-url, --batch-size how many streams are open at once.",
-)  # fmt: skip
-@click.option("--base-url", help="Of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")
-@click.option("--api-key-env", help="Environment variable that holds the server's key.")
-@click.option("--tokenizer", help="Of the served model: folder or Hub id. Counts exactly, continues responses.")
+@_endpoint.options
 @click.pass_context
 def main(ctx: click.Context, as_json: bool, price: str | None, name: str | None, runs: str, **options: Any) -> None:
     """Measure strategies on a task: accuracy with interval, completion, tokens, seconds, by level; overthinking.
@@ -40,14 +34,13 @@ def main(ctx: click.Context, as_json: bool, price: str | None, name: str | None,
     money = _runs.prices(price)
     chosen = [_strategy(text) for text in options["strategies"]]
     alphas = [_number(a) for a in options["alphas"]]
-    served = {key: options.pop(key) for key in ("engine", "base_url", "api_key_env", "tokenizer")}
-    _check_served(served, options["adapter"])
+    served = _endpoint.taken(options, options["adapter"])
     for what, given in (("--strategy", options["strategies"]), ("--alpha", alphas)):
         if len(set(given)) < len(given):
             raise ThriftyError(f"{what} is given twice with one value: each is a setting of its own, so give it once")
     if alphas and options["adapter"] is None:
         raise ThriftyError("--alpha turns an adapter: give --adapter FOLDER (a run leaves one in runs/NAME/adapter)")
-    config: dict[str, Any] = {"recipe": "measure", **options, **(served if served["base_url"] else {})}
+    config: dict[str, Any] = {"recipe": "measure", **options, **served}
     config["strategies"], config["alphas"] = list(options["strategies"]), alphas
     config["adapter"] = str(options["adapter"]) if options["adapter"] else None
     name = name or _runs.name_of("measure", config["model"], config["task"], *config["strategies"], str(config["seed"]))
@@ -64,7 +57,7 @@ def _measure(lab: Any, config: dict[str, Any], chosen: list[tuple[str, Any]]) ->
 
     problems = lab.problems(lab.split, lab.n, gold=not config["no_gold"])
     adapter = Path(config["adapter"]) if config["adapter"] else None
-    engine = _endpoint(lab, config) if config.get("base_url") else lab.engine(adapter=adapter)
+    engine = _endpoint.engine(lab, config) if config.get("base_url") else lab.engine(adapter=adapter)
     settings = []
     for text, strategy in chosen:
         for alpha in config["alphas"] or [None]:
@@ -73,26 +66,6 @@ def _measure(lab: Any, config: dict[str, Any], chosen: list[tuple[str, Any]]) ->
             run = lab.solve(_runs.name_of(label), strategy, problems, engine, strengths, budget=config["budget"])
             settings.append(Setting(label, run, alpha))
     return Report(settings, settings[0].name, notes=lab.notes([] if config["no_gold"] else problems))
-
-
-def _check_served(served: dict[str, Any], adapter: Path | None) -> None:
-    """Raise ThriftyError where the options of an endpoint do not fit together."""
-    lonely = [f"--{key.replace('_', '-')}" for key, value in served.items() if key != "engine" and value is not None]
-    if served["engine"] == "local" and lonely:
-        raise ThriftyError(f"{', '.join(lonely)} belongs to an endpoint: give --engine openai")
-    if served["engine"] == "openai" and served["base_url"] is None:
-        raise ThriftyError("--engine openai needs --base-url, such as http://127.0.0.1:8000/v1")
-    if served["engine"] == "openai" and adapter is not None:
-        raise ThriftyError("--adapter turns a model that is loaded here: an endpoint serves the model that it serves")
-
-
-def _endpoint(lab: Any, config: dict[str, Any]) -> Any:
-    from thrifty.engines.openai import OpenAIEngine
-
-    return OpenAIEngine(
-        config["base_url"], config["model"], config["tokenizer"], config["api_key_env"],
-        concurrency=lab.batch_size, seed=lab.seed, max_tokens=lab.max_tokens,
-    )  # fmt: skip
 
 
 def _strategy(text: str) -> tuple[str, Any]:
