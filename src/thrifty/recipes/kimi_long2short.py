@@ -56,7 +56,7 @@ CLAIM = {
     "settings": {"ways": ("dpo",), "train_n": 400, "steps": 60, "train_batch_size": 64},
     "student": "long",
     "tasks": ["roll"],
-    "n": 300,
+    "n": 600,
     "seeds": 8,
     "unit": "training",
     "match": "the same student and problems; the comparator is the student as it is, training is extra",

@@ -86,7 +86,7 @@ class Rollout(Updates):
     """Of sampling, and of the probabilities that are trained."""
     max_tokens: int | None = None
     """New tokens per answer; None lets them fill the context. Evaluate under the same limit."""
-    batch: int = 64
+    batch: int = 128
     """Answers sampled at once."""
     aggregate: Callable[[Sequence[int], int | None], list[float]] = token_mean
     """What each token of an answer counts in an update's mean: see ``tune/credit.py``."""
@@ -223,6 +223,7 @@ def rollout(
 
             # sample with the weights as they are now
             engine.reset()
+            bare.eval()  # once: the engine would turn it off and on again around every token
             asked = source.next(step, feedback)
             with scope(phase="train"):
                 outcomes = runner.solve(solver, asked[rank::world], seed=_draw(settings.seed, step))

@@ -52,7 +52,7 @@ CLAIM = {
     "student": "long",
     "tasks": ["roll"],
     "levels": [2, 3],
-    "n": 200,
+    "n": 400,
     "seeds": 8,
     "unit": "training",
     "grid": {"lr": [1e-3, 3e-3]},

@@ -47,7 +47,7 @@ CLAIM = {
     "settings": {"share": 0.2, "alpha": 0.6},
     "student": "long",
     "tasks": ["roll"],
-    "n": 300,
+    "n": 800,
     "seeds": 5,
     "unit": "training",
     "match": "steps, problems and samples per step, from the same start",

@@ -44,7 +44,7 @@ CLAIM = {
     "comparator": {"key": "right"},
     "student": "long",
     "tasks": ["roll"],
-    "n": 300,
+    "n": 800,
     "seeds": 5,
     "unit": "training",
     "match": "steps, problems and samples per step, from the same start",
