@@ -319,6 +319,7 @@ def test_a_claim_runs_from_registration_to_status(project):
     for arm, figures in made["figures"].items():  # the same problems, whatever the claim makes of them
         assert [f["accuracy"] for f in figures] == [u[arm]["accuracy"]["mean"] for u in made["units"]]
         assert all(f["generated_tokens"] > f["thought_tokens"] > 0 for f in figures)
+        assert all(f["flops"] > f["generated_tokens"] * 100_000 for f in figures)  # a student has 0.7 million
     assert len(set(made["seeds"])) == len(set(made["problems"])) == 3
     assert registry.get("surest").status == "inconclusive"
     placebo = run(project, control="placebo")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from launched import two_processes
 from thrifty.contracts import ThriftyError
-from thrifty.engines.meter import Meter
+from thrifty.engines.meter import Meter, active_parameters
 from thrifty.tune import checkpoint
 from thrifty.tune.adapter import load_adapter, lora, save_adapter
 from thrifty.tune.batches import Example, collate
@@ -276,6 +276,8 @@ def test_a_finished_run_says_what_it_cost(uninterrupted):
     cost = checkpoint.cost(uninterrupted.folder)
     assert cost["trained_parameters"] == sum(w.numel() for w in adapter_weights(uninterrupted.folder).values())
     assert (cost["training_tokens"], cost["training_seconds"]) == (uninterrupted.tokens, uninterrupted.seconds)
+    least = 6 * active_parameters(adapted().get_base_model()) * uninterrupted.tokens  # padding comes on top
+    assert least <= cost["training_flops"] <= 2 * least
 
 
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path, uninterrupted, capfd):

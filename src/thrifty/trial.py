@@ -17,9 +17,11 @@ import numpy as np
 
 from thrifty import assets, evidence, tasks
 from thrifty.contracts import Outcome, Problem, Split, Task, ThriftyError, Usage
+from thrifty.engines.meter import active_parameters
 from thrifty.evidence import Claim, digest
 from thrifty.files import write_json
 from thrifty.lab import ADAPTER, Lab
+from thrifty.models.load import load
 from thrifty.progress import Progress
 from thrifty.tune import checkpoint
 from thrifty.tune.answers import Samples
@@ -210,8 +212,8 @@ class Trial:
     def figure(self, name: str, value: float) -> None:
         """A figure of the arm that every method may have, so that the board can compare them: means per problem.
 
-        Names that it knows: accuracy, thought_tokens, generated_tokens, seconds; and of the arm's whole training
-        trained_parameters, examples, training_tokens, training_seconds, flops.
+        Names that it knows: accuracy, thought_tokens, generated_tokens, flops, seconds; and of the arm's whole training
+        trained_parameters, examples, training_tokens, training_flops, training_seconds.
         """
         self.figures[name] = float(value)
 
@@ -223,13 +225,15 @@ class Trial:
     def answered(self, outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
         """``tokens`` generated (at least 1, as a ratio needs) and ``accuracy``: per problem, as most claims return.
 
-        They become the arm's figures. ``solve`` does that too where it is given the claim's own problems.
+        They become the arm's figures. ``solve`` does that too where it is given the claim's own problems. FLOPs are 2
+        per parameter of the claim's student and token read or generated, as the meter counts them.
         """
         usages = [o.usage for o in outcomes]
         right = [float(o.grade.right) for o in outcomes]
         self.figure("accuracy", float(np.mean(right)))
         self.figure("thought_tokens", float(np.mean([u.thought for u in usages])))
         self.figure("generated_tokens", float(np.mean([u.generated for u in usages])))
+        self.figure("flops", 2.0 * _parameters(self.asset()) * float(np.mean([u.prompt + u.generated for u in usages])))
         self.figure("seconds", float(np.mean([u.seconds for u in usages])))
         return {"tokens": [float(max(1, u.generated)) for u in usages], "accuracy": right}
 
@@ -246,6 +250,11 @@ class Trial:
 
 _task = cache(tasks.load)
 """A file's task reads the whole file once; a run asks for its task a dozen times."""
+
+
+@cache
+def _parameters(model: str) -> int:
+    return active_parameters(load(model).model)
 
 
 def _seed(*parts: Any) -> int:

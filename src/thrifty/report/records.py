@@ -19,8 +19,9 @@ AXES = {
     "trained_parameters": "trained parameters",
     "examples": "training examples",
     "training_tokens": "tokens trained on",
-    "flops": "FLOPs",
+    "flops": "FLOPs per problem",
     "seconds": "seconds per problem",
+    "training_flops": "FLOPs of training",
     "training_seconds": "seconds of training",
 }
 """What a method can spend, by the name it has in a record; a mean per problem, or the whole training's."""

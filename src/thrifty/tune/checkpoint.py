@@ -95,7 +95,7 @@ def trim(log: Path, done: int) -> list[dict[str, float]]:
 
 
 def cost(folder: Path) -> dict[str, float]:
-    """What the finished training in ``folder`` took: values trained, tokens (of a rollout: sampled) and seconds."""
+    """What the finished training in ``folder`` took: values trained, tokens (of a rollout: sampled), FLOPs, seconds."""
     [log] = [path for path in (folder / "train.jsonl", folder / "rollout.jsonl") if path.exists()]
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     last = latest(folder / "checkpoints")
@@ -104,6 +104,7 @@ def cost(folder: Path) -> dict[str, float]:
     return {
         "trained_parameters": sum(value.numel() for value in load(last)["weights"].values()),
         "training_tokens": sum(line["tokens"] for line in lines),
+        "training_flops": sum(line["flops"] for line in lines),
         "training_seconds": sum(line["seconds"] for line in lines),
     }
 

@@ -219,7 +219,7 @@ def rollout(
         for step in range(done, settings.steps):
             if accelerator.reduce(torch.tensor(float(stopped is not None), device=device), "sum"):
                 break
-            started = time.perf_counter()
+            started, spent = time.perf_counter(), meter.total().flops
 
             # sample with the weights as they are now
             engine.reset()
@@ -320,6 +320,7 @@ def rollout(
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "sampling": sampling,
+                "flops": (meter.total().flops - spent) * world,  # each process has as much to do
                 "seconds": time.perf_counter() - started,
             }
             right = {f"right:{g.problem.id}": float(np.mean([grade.right for grade in g.grades])) for g in groups}

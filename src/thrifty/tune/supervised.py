@@ -147,6 +147,7 @@ def train(
     steps = _steps(settings, data)
     accelerator = accelerated(model)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    meter = meter if meter is not None else Meter()
     bare, was_training = model, model.training
     extra = dict(objective.modules(bare))
     if extra and world > 1:
@@ -156,7 +157,7 @@ def train(
     for part, module in extra.items():
         module.to(device).train()
         weights |= {f"{part}:{name}": p for name, p in module.named_parameters() if p.requires_grad}
-        if meter is not None and hasattr(module, "get_input_embeddings"):  # a model of its own costs as the main one
+        if hasattr(module, "get_input_embeddings"):  # a model of its own costs as the main one
             meter.watch(module, part)
     optimizer = adamw(weights, settings, device)
     config, isolates = laid_out(bare, settings)
@@ -165,9 +166,8 @@ def train(
     for hook in hooks:
         hook.start(state)
     optimizer = state.optimizer
-    if meter is not None:
-        # The innermost model: a PeftModel around it calls it once, and an engine may watch it already.
-        meter.watch(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
+    # The innermost model: a PeftModel around it calls it once, and an engine may watch it already.
+    meter.watch(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
     if getattr(objective, "needs_reference", False) and isinstance(source, Shuffled):
         source.examples = referenced(bare, source.examples, settings.tokens)  # of the model as it was given
 
@@ -205,7 +205,7 @@ def train(
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         asked_to_stop = stack.enter_context(checkpoint.interrupts())
         for step in range(done, steps):
-            started = time.perf_counter()
+            started, spent = time.perf_counter(), meter.total().flops
             torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, rank]).generate_state(1)[0]))
             documents = source.next(step, feedback)
             _check_kind(documents, objective)
@@ -252,6 +252,7 @@ def train(
                 "lr": lr,
                 "grad_norm": float(norm),
                 "tokens": sum(map(len, documents)),
+                "flops": (meter.total().flops - spent) * world,  # each process has as much to do
                 "seconds": time.perf_counter() - started,
             }
             lines.append(line)
