@@ -138,6 +138,12 @@ def test_retry_after_is_honoured_up_to_the_deadline(quick: OpenAIEngine, proxy: 
     assert len(proxy.exchanges) == 3
 
 
+def test_a_full_server_is_asked_until_it_has_room(quick: OpenAIEngine, proxy: FaultyProxy) -> None:
+    proxy.spoil(*[Answer(status=429)] * (2 * QUICK.retries))
+    [trace] = run(quick, Sample("x", max_tokens=1))
+    assert (len(trace.ids), len(proxy.exchanges)) == (1, 2 * QUICK.retries + 1)
+
+
 def test_a_server_that_dies_in_a_stream_is_told_after_all_attempts(quick: OpenAIEngine, proxy: FaultyProxy) -> None:
     proxy.spoil(Cut(after=2), Cut(after=3), Answer(status=502))
     with pytest.raises(ThriftyError, match=rf"{proxy.url} answered 502 .*3 attempts.*Is the server up"):

@@ -1,7 +1,8 @@
 """Asking an OpenAI-compatible server over HTTP: connections, keys, retries, redirects, deadlines.
 
 Nothing here knows what a request is about. Faults that may pass (429, 5xx, broken streams, silence) are asked again
-after pauses that double and are jittered (``Retry-After`` is honoured); others are told at once, with the base URL.
+after pauses that double and are jittered (``Retry-After`` is honoured); others are told at once, with the base URL. A
+429 uses up no attempt: the server is well and takes the row when others have ended, so only the deadline ends that.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Patience:
     deadline: float = 900.0
     """For a row in all, attempts and pauses included."""
     retries: int = 5
+    """Beside those after a 429, which is asked again until the deadline."""
     backoff: float = 0.5
     """The first pause; it doubles."""
 
@@ -90,7 +92,8 @@ class Endpoint:
         async with asyncio.timeout(self.patience.deadline) as deadline:
             began = time.monotonic()
             retries = self.patience.retries if retries is None else retries
-            for attempt in range(retries + 1):
+            attempts = full = 0
+            while True:
                 reply = start()
                 try:
                     return await self._attempt(path, content, reply, enough)
@@ -98,9 +101,14 @@ class Endpoint:
                     reason, after, outage = str(fault), fault.after, fault.name
                 except httpx2.TransportError as fault:
                     reason, after, outage = self._transport(fault), None, "connection"
-                if attempt == retries:
+                if outage == "429" and retries:
+                    full += 1
+                else:
+                    attempts += 1
+                if attempts > retries:
                     break
-                pause = min(PAUSE, self.patience.backoff * 2**attempt) * random.uniform(0.5, 1.0)
+                doubled = self.patience.backoff * 2 ** min(attempts + full - 1, 16)
+                pause = min(PAUSE, doubled) * random.uniform(0.5, 1.0)
                 pause = max(pause, after or 0.0)
                 left = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
                 if pause > left:
@@ -111,7 +119,7 @@ class Endpoint:
                     )
                 await asyncio.sleep(pause)
         raise RowFailed(
-            f"{self.base_url} {reason} ({retries + 1} attempts in {time.monotonic() - began:.0f} s). "
+            f"{self.base_url} {reason} ({attempts + full} attempts in {time.monotonic() - began:.0f} s). "
             "Is the server up, is this its address, and does it answer `curl`?",
             outage,
         )
