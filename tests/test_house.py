@@ -24,7 +24,7 @@ HANDBOOKS = [p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob
 
 RANKS = [
     {"contracts"},
-    {"evidence", "files", "registry", "papers", "progress"},
+    {"evidence", "files", "registry", "papers", "progress", "fields"},
     {"tasks"},
     {"models"},
     {"engines"},

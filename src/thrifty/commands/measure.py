@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from thrifty import registry
-from thrifty.commands import _endpoint, _fields, _options, _runs
+from thrifty import fields
+from thrifty.commands import _endpoint, _options, _runs
 from thrifty.contracts import ThriftyError
 from thrifty.engines import spread
 from thrifty.tasks import SPLITS
@@ -34,7 +34,7 @@ def main(ctx: click.Context, as_json: bool, price: str | None, name: str | None,
     Leaves a folder with traces and report. The first setting is what the others are compared with.
     """
     money = _runs.prices(price)
-    chosen = [_strategy(text) for text in options["strategies"]]
+    chosen = [(text, fields.made(text, "solve")) for text in options["strategies"]]
     alphas = [_number(a) for a in options["alphas"]]
     served = _endpoint.taken(options, options["adapter"])
     if served and spread.executor() is not None:
@@ -72,16 +72,6 @@ def _measure(lab: Any, config: dict[str, Any], chosen: list[tuple[str, Any]]) ->
             run = lab.solve(_runs.name_of(label), strategy, problems, engine, strengths, budget=config["budget"])
             settings.append(Setting(label, run, alpha))
     return Report(settings, settings[0].name, notes=lab.notes([] if config["no_gold"] else problems))
-
-
-def _strategy(text: str) -> tuple[str, Any]:
-    key, _, fields = text.partition(":")
-    method = registry.find(key)
-    cls = registry.load(key)
-    if not hasattr(cls, "solve"):
-        raise ThriftyError(f"{key} is of family {method.family}, not a strategy: `thrifty list --family solve.search`")
-    pairs = dict(part.partition("=")[::2] for part in fields.split(",") if part)
-    return text, cls(**_fields.typed(cls, pairs))
 
 
 def _number(text: str) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from thrifty import registry
-from thrifty.commands import _fields, _options, _runs
+from thrifty import fields, registry
+from thrifty.commands import _options, _runs
 from thrifty.contracts import ThriftyError
 
 
@@ -40,8 +40,8 @@ def main(
     else:
         config = {"recipe": recipe, **options, "fields": {}}
     cls = _recipe(config["recipe"])
-    given = {**config["fields"], **_fields.from_arguments(cls, ctx.args)}
-    method = cls(**_fields.typed(cls, given))
+    given = {**config["fields"], **fields.from_arguments(cls, ctx.args)}
+    method = cls(**fields.typed(cls, given))
     config["fields"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(method).items()}
 
     name = name or _runs.name_of(config["recipe"], config["model"], config["task"], str(config["seed"]))

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thrifty import registry, tasks
-from thrifty.commands import _fields
+from thrifty import fields, registry, tasks
 from thrifty.contracts import Prompt, ThriftyError
 from thrifty.tasks import answers
 
@@ -69,9 +68,10 @@ def names_one(text: str) -> bool:
 
 def choose(text: str, settings: Mapping[str, Any] | None = None) -> Choice:
     """The method that ``text`` names, with fields of its own and of ``settings``; ThriftyError with what is wrong."""
-    name, _, inside = text.partition(":")
+    name, inside = fields.split(text)
+    values: dict[str, Any] = {**inside, **(settings or {})}
     if match := re.fullmatch(SHORT, name):
-        name, inside = "short-m-at-k", ",".join(part for part in (f"m={match[1]},k={match[2]}", inside) if part)
+        name, values = "short-m-at-k", {"m": match[1], "k": match[2], **values}
     name, at, count = name.partition("@")
     if name in PLAIN:
         return Choice("none")
@@ -81,19 +81,12 @@ def choose(text: str, settings: Mapping[str, Any] | None = None) -> Choice:
         raise ThriftyError(f"no strategy {name[:80]!r}.{near} There are: {', '.join(found())}.")
     method = found()[name]
     cls = registry.method_class(method)
-    values: dict[str, Any] = {}
-    for part in inside.split(",") if inside else ():
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ThriftyError(f"{name}: {part[:80]!r} is no setting; write KEY:field=value,field=value")
-        values[key] = value
-    values |= settings or {}
     if at:
         field_name = next((f for f in COUNTS if f in getattr(cls, "__dataclass_fields__", {})), None)
         if field_name is None or not count.isdigit() or len(count) > 9:
             raise ThriftyError(f"{name}@{count[:20]}: the number of samples goes behind @, where a strategy has one")
         values[field_name] = int(count)
-    typed = _fields.typed(cls, values)
+    typed = fields.typed(cls, values)
     for key, value in typed.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):

@@ -1,4 +1,4 @@
-"""A method's fields as command-line options: ``--train-n 200 --alphas 0,.5,1``, or ``train_n=200`` behind a colon."""
+"""Methods from words: fields as options (``--train-n 200 --alphas 0,.5,1``), or ``KEY:train_n=200,margin=.05``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,35 @@ def from_arguments(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
             value = words.pop(0)
         pairs[name.replace("-", "_")] = value
     return typed(cls, pairs)
+
+
+def split(text: str) -> tuple[str, dict[str, str]]:
+    """Key and fields of ``KEY:NAME=VALUE,NAME=VALUE``, where a value may have commas of its own.
+
+    >>> split("trimr:markers=wait,so,most=200")
+    ('trimr', {'markers': 'wait,so', 'most': '200'})
+    """
+    key, _, inside = text.partition(":")
+    pairs: dict[str, str] = {}
+    for part in inside.split(",") if inside else ():
+        name, equals, value = part.partition("=")
+        if equals:
+            pairs[name.strip().replace("-", "_")] = value
+        elif pairs:
+            pairs[next(reversed(pairs))] += f",{part}"
+        else:
+            raise ThriftyError(f"{key}: {part[:80]!r} is no setting; write {key}:field=value,field=value")
+    return key, pairs
+
+
+def made(text: str, verb: str) -> Any:
+    """The method of ``KEY:NAME=VALUE,NAME=VALUE``; ThriftyError unless it has this verb of the contracts."""
+    key, pairs = split(text)
+    method = registry.find(key)
+    cls = registry.load(key)
+    if not hasattr(cls, verb):
+        raise ThriftyError(f"{key} is of family {method.family} and has no {verb}(): `thrifty list` names the others")
+    return cls(**typed(cls, pairs))
 
 
 def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +90,8 @@ def _convert(kind: Any, name: str, value: Any) -> Any:
         if str(value).lower() not in ("true", "false", "yes", "no", "1", "0"):
             raise ThriftyError(f"{option} is {value!r}; give true or false")
         return str(value).lower() in ("true", "yes", "1")
+    if getattr(kind, "_is_protocol", False):  # another method, as a part of this one
+        return made(value, next(name for name in registry.VERBS if hasattr(kind, name)))
     if kind in (int, float, str):
         try:
             return kind(value)
