@@ -26,7 +26,7 @@ from thrifty.evidence import Claim, Part
 from thrifty.lab import Lab
 from thrifty.measure import stats
 from thrifty.progress import Progress
-from thrifty.trial import fingerprint
+from thrifty.trial import Trial, fingerprint
 
 torch.set_num_threads(1)
 UP = Part("accuracy", "superior", smallest=0.05)
@@ -306,6 +306,16 @@ def test_a_method_whose_code_has_changed_is_stale_and_a_comment_is_no_code(file)
 
 
 # ----------------------------------------------------------------------------------------------- runs
+
+
+def test_an_amended_claim_has_seeds_of_its_own(project, tmp_path):
+    first = evidence.read_claim(project)
+    seeds = {
+        Trial(replace(first, amendments=amendments), "method", unit, "tiny", tmp_path, "secret").seed
+        for amendments in ((), ("1: too few",), ("1: too few", "2: still"))
+        for unit in range(3)
+    }
+    assert len(seeds) == 9
 
 
 def test_a_claim_runs_from_registration_to_status(project):

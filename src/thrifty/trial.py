@@ -79,8 +79,16 @@ class Trial:
 
     @property
     def seed(self) -> int:
-        """Of training, training problems and sampling: the same for all claims, so that they share baselines."""
-        return _seed("dev" if self.dev else "unit", self.unit) + 1_000_003 * self.stream
+        """Of training, training problems and sampling: the same for all claims, so that they share baselines.
+
+        A claim that was amended has others, since it was amended by what the first ones gave.
+        """
+        return self._shared + 1_000_003 * self.stream
+
+    @property
+    def _shared(self) -> int:
+        amended = [len(self.claim.amendments)] if self.claim.amendments else []
+        return _seed("dev" if self.dev else "unit", self.unit, *amended)
 
     @property
     def fresh(self) -> int:
@@ -107,8 +115,7 @@ class Trial:
         Of the splits ``train`` and ``calibration`` all claims get the same ones in a unit. ``n`` is used as it is: put
         ``scaled`` around what a smoke run should have less of.
         """
-        shared = _seed("dev" if self.dev else "unit", self.unit)
-        seed = shared if split in ("train", "calibration") else self.fresh
+        seed = self._shared if split in ("train", "calibration") else self.fresh
         where: Split = split or ("dev" if self.dev else "test")
         found = self.task(task).problems(where, n or self.n, seed, None if task else self.claim.levels)
         if len(found) < (n or self.n):
