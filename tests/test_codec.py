@@ -1,14 +1,21 @@
 """ComPEFT: what is kept of an update, the exact round trip of its code, and its size against the entropy."""
 
+import json
 import math
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
+from peft import PeftModel
+from safetensors.torch import load_file
 
+import tiny
+from thrifty.cli import app
 from thrifty.contracts import ThriftyError
+from thrifty.tune.adapter import lora, save_adapter
 from thrifty.weights.codec.compeft import ComPEFT, golomb, remainder_bits, task_vector, ungolomb
 
 
@@ -105,3 +112,92 @@ def test_what_is_damaged_or_wrong_is_refused():
         ComPEFT(density=1.5).encode(update())
     with pytest.raises(ThriftyError, match="nothing to encode"):
         codec.encode({})
+
+
+# ---------------------------------------------------------------------- thrifty adapter compress and expand
+
+WEIGHTS = "adapter_model.safetensors"
+CODEC = "compeft:density=0.1,alpha=2"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tiny model, a LoRA of it as it began (seed 3), and the same after some training."""
+    root = tmp_path_factory.mktemp("trained")
+    tiny.save(root / "model")
+    model = lora(tiny.loaded().model, rank=4, seed=3)
+    save_adapter(model, root / "initial")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.add_(0.01 * torch.randn_like(value))
+    save_adapter(model, root / "tuned")
+    return root
+
+
+def adapter(*words):
+    result = CliRunner().invoke(app, ["adapter", *map(str, words)])
+    assert result.exit_code in (0, 2), (result.output, result.exception)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def weights(folder):
+    return load_file(folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("how", ["initial", "seed"])
+def test_a_folder_comes_back_as_its_initial_values_plus_what_the_codec_left(trained, tmp_path, how):
+    said = {"initial": ("--initial", trained / "initial"), "seed": ("--seed", 3, "--base", trained / "model")}[how]
+    told = adapter("compress", trained / "tuned", "--codec", CODEC, "--out", tmp_path / "small", *said)
+    assert float(told.split(" times smaller")[0].split()[-1]) == pytest.approx(
+        sum((trained / "tuned" / name).stat().st_size for name in (WEIGHTS, "adapter_config.json"))
+        / (tmp_path / "small").stat().st_size,
+        abs=0.06,
+    )
+    back = ("--initial", trained / "initial") if how == "initial" else ("--base", trained / "model")
+    adapter("expand", tmp_path / "small", "--out", tmp_path / "back", *back)
+    initial, tuned, found = weights(trained / "initial"), weights(trained / "tuned"), weights(tmp_path / "back")
+    left = ComPEFT(density=0.1, alpha=2).quantised(task_vector(tuned, initial))
+    assert found.keys() == tuned.keys()
+    assert all(torch.equal(found[name], initial[name] + left[name]) for name in found)
+    config = [(folder / "adapter_config.json").read_text("utf-8") for folder in (trained / "tuned", tmp_path / "back")]
+    assert json.loads(config[0]) == json.loads(config[1])
+    model = PeftModel.from_pretrained(tiny.loaded().model, tmp_path / "back")
+    name = next(name for name in found if ".lora_B." in name)
+    assert torch.equal(model.get_parameter(name.replace("lora_B", "lora_B.default")), found[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "small"], "nothing temporary is left"
+
+
+def test_without_initial_values_only_what_begins_as_zero_is_coded(trained, tmp_path):
+    told = adapter("compress", trained / "tuned", "--codec", CODEC, "--out", tmp_path / "small")
+    assert "lora_A is kept as it is" in told
+    adapter("expand", tmp_path / "small", "--out", tmp_path / "back")
+    tuned, found = weights(trained / "tuned"), weights(tmp_path / "back")
+    left = ComPEFT(density=0.1, alpha=2).quantised({n: value for n, value in tuned.items() if "lora_B" in n})
+    assert len(left) == len(tuned) / 2
+    assert all(torch.equal(found[name], left.get(name, tuned[name])) for name in tuned)
+
+
+def test_wrong_folders_files_and_initial_values_are_refused(trained, tmp_path):
+    compress = ("compress", trained / "tuned", "--out", tmp_path / "small")
+    assert "no adapter_config.json" in adapter("compress", tmp_path, *compress[2:], "--codec", CODEC)
+    assert "thrifty list --family weights.codec" in adapter(*compress, "--codec", "average")
+    assert "no adapter_config.json" in adapter(*compress, "--codec", CODEC, "--initial", trained / "model")
+    assert "did not begin as these" in adapter(*compress, "--codec", CODEC, "--seed", 4, "--base", trained / "model")
+    assert "give one of them" in adapter(*compress, "--codec", CODEC, "--seed", 3, "--initial", trained / "initial")
+    assert not (tmp_path / "small").exists()
+
+    adapter(*compress, "--codec", CODEC, "--initial", trained / "initial")
+    expand = ("expand", tmp_path / "small", "--out", tmp_path / "back")
+    assert "give what it began as" in adapter(*expand)
+    assert "against other initial values" in adapter(*expand, "--initial", trained / "tuned")
+    assert "is no compressed adapter" in adapter("expand", trained / "tuned" / WEIGHTS, *expand[2:])
+    assert "cannot be read" in adapter("expand", tmp_path / "none", *expand[2:])
+    whole = (tmp_path / "small").read_bytes()
+    for damaged in (whole[:-5], whole[:20], whole[:-5] + b"wrong"):
+        (tmp_path / "small").write_bytes(damaged)
+        assert "damaged or cut short" in adapter(*expand, "--initial", trained / "initial")
+    assert not (tmp_path / "back").exists()
+    assert "exists" in adapter("expand", tmp_path / "small", "--out", trained / "tuned")

@@ -1,4 +1,4 @@
-"""``thrifty adapter``: does vLLM take a LoRA folder, and the folder at strengths of its own."""
+"""``thrifty adapter``: does vLLM take a LoRA folder, the folder at strengths of its own, the folder as a small file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from thrifty.contracts import ThriftyError
 
 @click.group()
 def main() -> None:
-    """Check a LoRA folder for vLLM, or write it at several strengths, a folder each."""
+    """Check a LoRA folder for vLLM, write it at several strengths, a folder each, or compress it into a file."""
 
 
 @main.command()
@@ -57,3 +57,42 @@ def export(folder: Path, strength: str, out: Path) -> None:
         click.echo(f"wrote {path}")
     base = str(lora.read_config(folder).get("base_model_name_or_path") or "MODEL")
     click.echo(lora.serve_line(base, served, lora.check_lora(folder).needed or 0))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--codec", required=True, help="Key of a weights.codec method, with fields after a colon.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--initial", type=click.Path(path_type=Path), help="Folder of the adapter as it was before training.")
+@click.option("--seed", type=int, help="In place of --initial: the --seed of the `thrifty run` that trained it.")
+@click.option("--base", help="Model that --seed draws for.  [default: what adapter_config.json names]")
+def compress(
+    folder: Path, codec: str, out: Path, initial: Path | None, seed: int | None, base: str | None
+) -> None:  # fmt: skip
+    """Write the LoRA in FOLDER as one small file, for `thrifty adapter expand`.
+
+    A codec stores what training changed. Give --initial or --seed, so that all of it is coded; with neither only
+    lora_B is, which every LoRA begins with as zero, and lora_A is kept as it is: about half the size, no smaller.
+    """
+    from thrifty.commands import _compressed
+
+    if initial is not None and seed is not None:
+        raise ThriftyError("--initial and --seed both say what the adapter began as: give one of them")
+    made = _compressed.compress(folder, codec, out, initial, seed, base)
+    dense = _compressed.size(folder)
+    click.echo(f"wrote {out}: {made:,} bytes, {dense / made:.1f} times smaller than {folder} ({dense:,} bytes)")
+    if initial is None and seed is None:
+        click.echo("lora_A is kept as it is: with --initial FOLDER or --seed N it would be coded too")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--initial", type=click.Path(path_type=Path), help="Folder of the adapter as it was before training.")
+@click.option("--base", help="Model that the seed in FILE draws for.  [default: what adapter_config.json names]")
+def expand(file: Path, out: Path, initial: Path | None, base: str | None) -> None:
+    """Write the adapter that `thrifty adapter compress` put into FILE as a LoRA folder, for peft and --adapter."""
+    from thrifty.commands import _compressed
+
+    header = _compressed.expand(file, out, initial, base)
+    click.echo(f"wrote {out}, as {header['codec']} left it; `thrifty measure --adapter {out}` measures it")
