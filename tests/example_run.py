@@ -29,6 +29,7 @@ SETTINGS: tuple[tuple[str, float | None, float, int, float], ...] = (
     ("valve 1.25", 1.25, 0.0, 3, 0.045),
     ("short", None, 0.0, 4, 0.13),
 )
+NOISE = (0.04, 0.02, 2.5)
 
 
 def problems(n: int, seed: int = 0) -> list[Problem]:
@@ -172,6 +173,15 @@ def example_run(folder: Path, n: int = 500, seed: int = 0, extra: Sequence[Outco
             for step in range(1, 121):
                 loss = floor + 1.4 * np.exp(-step / 25) + rng.normal(0, 0.03)
                 file.write(json.dumps({"step": step, "loss": float(loss), "lr": 1e-3}) + "\n")
+    for stage, shape in (("grpo", (0.9, 1.0, 70)), ("grpo-greedy", (0.15, 0.6, 12))):  # the second reward ruins it
+        (folder / "stages" / stage).mkdir(parents=True, exist_ok=True)
+        with (folder / "stages" / stage / "rollout.jsonl").open("w") as file:
+            for step in range(1, 101 if stage == "grpo" else 61):
+                moved = 1 - np.exp(-step / 25)
+                figures = (a + (b - a) * moved + rng.normal(0, c) for a, b, c in zip((0.75, 0.95, 110), shape, NOISE))
+                accuracy, completion, length = map(float, figures)
+                line = {"step": step, "loss": 0.01, "accuracy": min(1, max(0, accuracy)), "length": length}
+                file.write(json.dumps({**line, "completion": min(1, max(0, completion))}) + "\n")
     return folder
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,9 +21,9 @@ from browser import CHROMIUM, browser, open_page
 from example_run import SETTINGS, example_run, outcomes, problems
 from thrifty.contracts import Grade, Outcome, Problem, ThriftyError, Trace, Usage
 from thrifty.measure import summarise
-from thrifty.report import picture, table, write_report
+from thrifty.report import charts, picture, table, write_report
 from thrifty.report import viewer as viewer_module
-from thrifty.report.run import load
+from thrifty.report.run import SHOWN, load
 from thrifty.traces.store import read, rows_from, write
 
 NASTY = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><!-- & \u2028 \"'"
@@ -222,6 +223,32 @@ def test_broken_run_folders_are_named(folder: Path, tmp_path: Path) -> None:
     (cut / "train.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n')
     with pytest.raises(ThriftyError, match=r"train\.jsonl, row 2"):
         load(cut)
+    (cut / "train.jsonl").replace(cut / "rollout.jsonl")
+    with pytest.raises(ThriftyError, match=r"rollout\.jsonl, row 2"):
+        load(cut)
+
+
+def test_reinforcement_is_drawn_from_the_runs_own_log_and_its_stages(folder: Path, tmp_path: Path) -> None:
+    run = load(folder)
+    assert {name: len(log) for name, log in run.rollouts.items()} == {"grpo": 100, "grpo-greedy": 60}
+    drawn = charts.reinforcement(run)
+    assert list(drawn) == ["rollout-accuracy", "rollout-completion", "rollout-length"]
+    steps = [spec["encoding"]["x"]["scale"]["domain"] for spec in drawn.values()]
+    assert steps == [[0, 100]] * 3, "one axis of steps, also where a stage was stopped early"
+    assert all(drawn[f"rollout-{key}"]["encoding"]["y"]["scale"]["domain"] == [0, 1] for key in SHOWN[:2])
+    for key in SHOWN:
+        shown = [row[key] for row in drawn[f"rollout-{key}"]["data"]["values"] if row["stage"] == "grpo-greedy"]
+        assert shown == [row[key] for row in run.rollouts["grpo-greedy"]]
+
+    alone = copy_run(folder, tmp_path / "alone")
+    assert charts.reinforcement(load(alone)) == {}
+    line = {"step": 1, "accuracy": 0.5, "completion": 1.0, "length": 9}
+    rows = [line, {**line, "step": 2, "length": None}, 3, {"step": 2, "loss": 1.0}, {**line, "step": 3}]
+    (alone / "rollout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["step"] for row in load(alone).rollouts["reinforcement"]] == [1, 3]
+    text = write_report(alone).read_text()
+    assert 'data-chart="rollout-length"' in text
+    assert 'aria-label="stages"' not in text, "one stage needs no legend"
 
 
 def test_without_altair_the_table_works_and_the_report_names_the_remedy(folder: Path) -> None:
@@ -326,6 +353,20 @@ def test_nothing_overflows_sideways(chromium: Any, folder: Path, width: int) -> 
     assert widest <= width
     assert page.problems == []
     page.close()
+
+
+@needs_chromium
+def test_what_reinforcement_did_stands_side_by_side_or_in_one_column(page: Any) -> None:
+    boxes = """() => [...document.querySelectorAll('[data-chart^="rollout-"] svg')].map(
+        (svg) => { const box = svg.getBoundingClientRect(); return [box.left, box.top, box.right]; })"""
+    wide = page.evaluate(boxes)
+    assert len({top for _, top, _ in wide}) == 1
+    assert all(a[2] <= b[0] for a, b in pairwise(wide))
+    page.set_viewport_size({"width": 400, "height": 900})
+    page.wait_for_function(f"Math.max(...({boxes})().map((box) => box[2])) <= 400")
+    narrow = page.evaluate(boxes)
+    assert len({left for left, _, _ in narrow}) == 1
+    assert all(a[1] < b[1] for a, b in pairwise(narrow))
 
 
 @needs_chromium

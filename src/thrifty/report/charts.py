@@ -248,28 +248,63 @@ def overthinking(profiles: Mapping[str, Profile]) -> dict[str, Any]:
 
 
 def training(run: Run) -> dict[str, Any]:
-    """Loss by step, a line per stage, each thinned to at most 400 points."""
+    """Loss by step, a line per stage."""
+    if not run.training:
+        return {}
+    legend = alt.Legend(orient="bottom", title=None, columns=3) if len(run.training) > 1 else None
+    axis = alt.Axis(format=".4~f")
+    return _spec(_by_step(run.training, "loss", "training loss", alt.Scale(zero=False), axis, 8, legend), height=200)
+
+
+def reinforcement(run: Run) -> dict[str, dict[str, Any]]:
+    """Accuracy, completion and length by step on one axis of steps, a line per stage; shares on one scale."""
+    if not run.rollouts:
+        return {}
+    panels = (
+        ("accuracy", "accuracy", alt.Scale(domain=[0, 1]), ".0%"),
+        ("completion", "completion", alt.Scale(domain=[0, 1]), ".0%"),
+        ("length", "tokens per answer", alt.Scale(zero=True), ",.0f"),
+    )
+    wide = 38  # labels of one width: the steps of panels below each other stand below each other
+    return {
+        f"rollout-{key}": _spec(
+            _by_step(run.rollouts, key, title, scale, alt.Axis(format=form, minExtent=wide), 5), height=180
+        )
+        for key, title, scale, form in panels
+    }
+
+
+def _by_step(
+    logs: Mapping[str, Sequence[Mapping[str, float]]],
+    key: str,
+    title: str,
+    scale: alt.Scale,
+    axis: alt.Axis,
+    ticks: int,
+    legend: alt.Legend | None = None,
+) -> alt.Chart:
+    """One figure of the logs by step, a line per stage, each thinned to at most 400 points."""
     rows = [
-        {"stage": name, "step": row["step"], "loss": row["loss"]}
-        for name, log in run.training.items()
+        {"stage": name, "step": row["step"], key: row[key]}
+        for name, log in logs.items()
         for row in log[:: max(1, len(log) // 400)]
     ]
-    if not rows:
-        return {}
-    stages = list(run.training)
-    colours = [("var(--accent)", "var(--check)", "var(--branch)", "var(--soft)")[i % 4] for i in range(len(stages))]
-    legend = alt.Legend(orient="bottom", title=None, columns=3) if len(stages) > 1 else None
-    chart = (
+    last = max(row["step"] for log in logs.values() for row in log)  # what was stopped early is seen to end early
+    colours = alt.Scale(domain=list(logs), range=stage_colours(len(logs)))
+    return (
         alt.Chart(alt.Data(values=rows))
         .mark_line(strokeWidth=1.4)
         .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=8)),
-            y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False)),
-            color=alt.Color("stage:N", scale=alt.Scale(domain=stages, range=colours), legend=legend),
-            tooltip=["stage:N", "step:Q", alt.Tooltip("loss:Q", format=".4f")],
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=ticks), scale=alt.Scale(domain=[0, last])),
+            y=alt.Y(f"{key}:Q", title=title, scale=scale, axis=axis),
+            color=alt.Color("stage:N", scale=colours, legend=legend),
+            tooltip=["stage:N", "step:Q", alt.Tooltip(f"{key}:Q", title=title, format=axis.format)],
         )
     )
-    return _spec(chart, height=200)
+
+
+def stage_colours(stages: int) -> list[str]:
+    return [("var(--accent)", "var(--check)", "var(--branch)", "var(--soft)")[i % 4] for i in range(stages)]
 
 
 def _spec(chart: Any, height: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ PROFILED = 1000
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into a run folder from its result.json, traces.parquet, config.yaml and train.jsonl.
+    """Write ``report.html`` into a run folder from its result.json, traces.parquet, config.yaml and training logs.
 
     ``result.json`` may name, beyond what ``thrifty run --json`` prints: "baseline" (a setting), "best" (the setting to
     compare it with; else the cheapest non-inferior one), "calibration" (how that was chosen: ``lab.Report``), "line"
@@ -49,6 +49,7 @@ def write_report(folder: str | Path) -> Path:
         ),
         "training": charts.training(run),
     }
+    specs |= charts.reinforcement(run)
     lengths = charts.lengths(run)
     specs |= {f"length-{i}": chart["spec"] for i, chart in enumerate(lengths)}
     specs = {name: spec for name, spec in specs.items() if spec}
@@ -62,6 +63,7 @@ def write_report(folder: str | Path) -> Path:
         lengths=lengths,
         profiles=profiles,
         specs=specs,
+        reinforced=dict(zip(run.rollouts, charts.stage_colours(len(run.rollouts)))),
         shown=shown,
         kinds=KINDS,
         settings=_settings(run),

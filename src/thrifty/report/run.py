@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from thrifty.measure import stats
 from thrifty.report.table import change
 from thrifty.traces.store import TraceRow, read
 
+SHOWN = ("accuracy", "completion", "length")
+"""What is shown of every step of reinforcement: the figures that a length reward must not trade for each other."""
 MARGIN = 0.03
 """Non-inferiority margin: three points of accuracy (the evidence rules' overall margin)."""
 
@@ -54,7 +57,9 @@ class Run:
     """Setting -> problem id -> cell; settings in the order of the result."""
     config: str
     training: dict[str, list[dict[str, float]]]
-    """Stage -> logged steps."""
+    """Stage -> logged steps of supervised training."""
+    rollouts: dict[str, list[dict[str, float]]]
+    """Stage -> logged steps of reinforcement."""
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -186,7 +191,8 @@ class Run:
 
 
 def load(folder: str | Path) -> Run:
-    """Read a run folder: result.json, traces.parquet, config.yaml, and train.jsonl of the run or of its stages.
+    """Read a run folder: result.json, traces.parquet, config.yaml, and the train.jsonl and rollout.jsonl of the run and
+    its stages.
 
     Raises ThriftyError that names the file and what is wrong with it.
     """
@@ -204,7 +210,8 @@ def load(folder: str | Path) -> Run:
         result,
         {name: {problem: Cell(rows) for problem, rows in found.items()} for name, found in cells.items()},
         config.read_text(encoding="utf-8") if config.is_file() else "",
-        _training(folder),
+        _logs(folder, "train.jsonl", "training", ("loss",)),
+        _logs(folder, "rollout.jsonl", "reinforcement", SHOWN),
     )
 
 
@@ -262,21 +269,24 @@ def _result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _training(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """The training logs: a run's own, and one per stage."""
-    paths = {"training": folder / "train.jsonl"}
-    paths |= {path.parent.name: path for path in sorted(folder.glob("stages/*/train.jsonl"))}
-    logs = {name: _log(path) for name, path in paths.items() if path.is_file()}
-    return {name: rows for name, rows in logs.items() if len(rows) > 1}
+def _logs(folder: Path, name: str, own: str, keys: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """The logs of this name: the run's own, called ``own``, and one per stage."""
+    paths = {own: folder / name}
+    paths |= {path.parent.name: path for path in sorted(folder.glob(f"stages/*/{name}"))}
+    logs = {stage: _log(path, keys) for stage, path in paths.items() if path.is_file()}
+    return {stage: rows for stage, rows in logs.items() if len(rows) > 1}
 
 
-def _log(path: Path) -> list[dict[str, float]]:
+def _log(path: Path, keys: Sequence[str]) -> list[dict[str, float]]:
+    """The rows that have a step and a number under each of ``keys``; others are passed over."""
     rows = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise ThriftyError(f"{path}, row {number}: not valid JSON ({error.msg})") from error
-        if isinstance(row.get("step"), int) and isinstance(row.get("loss"), int | float):
+        if not isinstance(row, dict):
+            continue
+        if isinstance(row.get("step"), int) and all(isinstance(row.get(key), int | float) for key in keys):
             rows.append(row)
     return rows
