@@ -14,6 +14,70 @@ import click
 from thrifty import registry
 from thrifty.papers import papers
 
+_LAB = (
+    "from pathlib import Path",
+    "from thrifty import registry, tasks",
+    "from thrifty.lab import Lab",
+)
+_FIELDS = "# fields go behind a colon: KEY:NAME=VALUE,NAME=VALUE"
+_MODEL = "--model DIR --task TASK"
+PYTHON = ("from thrifty import registry", 'method = registry.load("KEY")()')
+USAGE: dict[str, tuple[str, ...]] = {
+    "recipes": (
+        f"thrifty run KEY {_MODEL}",
+        "# --plan first: what it will cost; every field is an option: --NAME VALUE",
+    ),
+    "solve.search": (f"thrifty measure {_MODEL} --strategy KEY", _FIELDS),
+    "solve.verify": (f"thrifty measure {_MODEL} --strategy best-of-n:verifier=KEY",),
+    "decode.accelerate": (f"thrifty measure {_MODEL} --decoder KEY", _FIELDS),
+    "tune.reward": (f"thrifty run grpo {_MODEL} --reward KEY", _FIELDS),
+    "tune.adapter": (f"thrifty run sft {_MODEL} --adapter KEY", _FIELDS),
+    "tune.sparse": (f"thrifty run sft {_MODEL} --hook KEY", _FIELDS),
+    "tune.objective, chains": (f"thrifty run sft {_MODEL} --objective KEY", _FIELDS),
+    "tune.objective, right and wrong chains": (
+        f"thrifty run sft {_MODEL} --objective KEY --chains-from own --samples 4",
+        _FIELDS,
+    ),
+    "tune.objective, sampled answers": (f"thrifty run grpo {_MODEL} --objective KEY", _FIELDS),
+    "tune.objective, pairs": (
+        *_LAB,
+        "from thrifty.contracts import Chain",
+        "from thrifty.tune.adapter import lora",
+        "from thrifty.tune.batches import pairs",
+        "from thrifty.tune.supervised import Train, train",
+        'lab = Lab(Path("runs/KEY"), "DIR", tasks.load("TASK"))',
+        'rejected = [Chain(p, p.meta["chain"], p.answer) for p in lab.problems("train", 1000)]',
+        'chosen = registry.load("key-steps")().compress(rejected, lab.context())',
+        "model, chat = lora(lab.loaded().model), lab.loaded().chat",
+        'train(model, pairs(chosen, rejected, chat), Train(steps=100, lr=1e-5), lab.folder, registry.load("KEY")())',
+        "# then: thrifty measure --model DIR --task TASK --adapter runs/KEY/adapter",
+    ),
+    "traces.select": (f"thrifty run sft {_MODEL} --selector KEY",),
+    "traces.compress": (f"thrifty run c3ot {_MODEL} --compressor KEY",),
+    "weights.codec": (
+        "thrifty adapter compress ADAPTER --codec KEY --out FILE",
+        "thrifty adapter expand FILE --out FOLDER",
+        "# ADAPTER is the folder of a LoRA; --seed or --initial say what it began as, and make FILE smaller",
+    ),
+    "weights.merge": (
+        "from thrifty import registry",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'models = [AutoModelForCausalLM.from_pretrained(name) for name in ("DIR", "OTHER")]',
+        'models[0].load_state_dict(registry.load("KEY")().merge([model.state_dict() for model in models]))',
+        'for part in (models[0], AutoTokenizer.from_pretrained("DIR")):',
+        '    part.save_pretrained("merged")',
+        "# then: thrifty measure --model merged --task TASK",
+    ),
+    "measure.metric": (
+        *_LAB,
+        "from thrifty.solve.search.single_pass import SinglePass",
+        'lab = Lab(Path("runs/KEY"), "DIR", tasks.load("TASK"))',
+        'outcomes = lab.solve("single-pass", SinglePass(), lab.problems("test", 100))',
+        'print(registry.load("KEY")().measure(outcomes))',
+    ),
+}
+"""By family: commands, or a script. DIR is the user's model, TASK their task, KEY the method's key."""
+
 
 @click.command()
 @click.argument("key")
@@ -79,17 +143,29 @@ def _default(spec: dataclasses.Field[Any]) -> str:
 
 
 def _usage(method: registry.Method) -> list[str]:
-    if method.family == "recipes":
-        return [
-            f"thrifty run {method.key} --model DIR_OR_HUB_ID --task TASK",
-            "--plan first says what it will cost; every field is an option: --NAME VALUE",
-        ]
-    if method.family == "solve.search":
-        return [
-            f"thrifty measure --model DIR_OR_HUB_ID --task TASK --strategy {method.key}",
-            f"fields go behind a colon: --strategy {method.key}:NAME=VALUE,NAME=VALUE",
-        ]
-    return ["from thrifty import registry", f'method = registry.load("{method.key}")()']
+    """How to use a method on one's own model (DIR) and task (TASK): commands, or Python where no command takes it."""
+    family = method.family
+    try:
+        cls: Any = registry.method_class(method)
+    except Exception:  # told under "fields"
+        cls = None
+    if family == "tune.objective" and cls is not None:
+        family = f"{family}, {_trained_on(cls)}"
+    lines = list(USAGE.get(family, PYTHON))
+    if hasattr(cls, "rate") and family != "solve.verify":
+        lines = [*USAGE["solve.verify"], *lines]
+    return [line.replace("KEY", method.key) for line in lines]
+
+
+def _trained_on(cls: Any) -> str:
+    """What an objective takes, by what it declares."""
+    from thrifty.recipes.grpo import _takes_samples
+
+    if getattr(cls, "pairs", False):
+        return "pairs"
+    if hasattr(cls, "examples"):
+        return "right and wrong chains"
+    return "sampled answers" if _takes_samples(cls()) else "chains"
 
 
 def _short(path: Path) -> str:
