@@ -98,7 +98,7 @@ def test_every_method_is_used_by_a_command_or_by_a_script_that_does_something():
 
 
 def pairs(key: str) -> bool:
-    return bool(getattr(registry.load(key), "pairs", False))
+    return getattr(registry.load(key), "pairs", False) is True
 
 
 TRAINED = (

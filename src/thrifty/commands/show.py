@@ -159,13 +159,13 @@ def _usage(method: registry.Method) -> list[str]:
 
 def _trained_on(cls: Any) -> str:
     """What an objective takes, by what it declares."""
-    from thrifty.recipes.grpo import _takes_samples
+    from thrifty.recipes.grpo import takes_samples
 
     if getattr(cls, "pairs", False):
         return "pairs"
     if hasattr(cls, "examples"):
         return "right and wrong chains"
-    return "sampled answers" if _takes_samples(cls()) else "chains"
+    return "sampled answers" if takes_samples(cls()) else "chains"
 
 
 def _short(path: Path) -> str:

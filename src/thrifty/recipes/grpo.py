@@ -182,7 +182,7 @@ class GRPO:
 
     def _objective(self) -> Objective:
         objective: Objective = _part("--objective", self.objective, "tune.objective", "loss")
-        if not _takes_samples(objective):
+        if not takes_samples(objective):
             raise ThriftyError(
                 f"--objective {split(self.objective)[0]} is trained on given documents or pairs, not on answers and "
                 "what they are worth: give clipped, mirror-descent or another one of that kind"
@@ -196,7 +196,7 @@ def _part(option: str, text: str, family: str, verb: str) -> Any:
     return made(text, verb)
 
 
-def _takes_samples(objective: Any) -> bool:
+def takes_samples(objective: Any) -> bool:
     """Whether an objective is for sampled answers. Its mark: a plain document is refused, before the model is asked."""
     if getattr(objective, "pairs", False) or hasattr(objective, "examples"):
         return False
