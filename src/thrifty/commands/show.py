@@ -159,7 +159,7 @@ def _usage(method: registry.Method) -> list[str]:
 
 def _trained_on(cls: Any) -> str:
     """What an objective takes, by what it declares."""
-    from thrifty.recipes.grpo import takes_samples
+    from thrifty.tune.answers import takes_samples
 
     if getattr(cls, "pairs", False):
         return "pairs"

@@ -27,7 +27,7 @@ from thrifty.fields import made, split
 from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.tune.adapter import lora
-from thrifty.tune.batches import Example, collate
+from thrifty.tune.answers import takes_samples
 from thrifty.tune.guard import collapsed
 from thrifty.tune.rollout import Rollout, rollout
 
@@ -194,19 +194,6 @@ def _part(option: str, text: str, family: str, verb: str) -> Any:
     if (found := registry.find(split(text)[0])).family != family:
         raise ThriftyError(f"{option} is {found.key}, of family {found.family}: give one of {family}")
     return made(text, verb)
-
-
-def takes_samples(objective: Any) -> bool:
-    """Whether an objective is for sampled answers. Its mark: a plain document is refused, before the model is asked."""
-    if getattr(objective, "pairs", False) or hasattr(objective, "examples"):
-        return False
-    try:
-        objective.loss(None, collate([[Example([0], [0])]]), 0, {})
-    except ThriftyError:
-        return True
-    except Exception:
-        return False
-    return False
 
 
 def _levels(reward: Any) -> tuple[str | None, ...]:

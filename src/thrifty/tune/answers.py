@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from thrifty.contracts import Group, Problem, Prompt, Reward, Sample, Talk, ThriftyError, Trace
-from thrifty.tune.batches import Sampled
+from thrifty.tune.batches import Example, Sampled, collate
 from thrifty.tune.credit import sampled
 
 
@@ -117,3 +117,16 @@ def figures(
         "groups": float(np.mean([any(np.any(one) for one in given) for given in worth])),
         "tokens": int(np.sum(np.concatenate(lengths))),
     }
+
+
+def takes_samples(objective: Any) -> bool:
+    """Whether an objective is for sampled answers. Its mark: a plain document is refused, before the model is asked."""
+    if getattr(objective, "pairs", False) or hasattr(objective, "examples"):
+        return False
+    try:
+        objective.loss(None, collate([[Example([0], [0])]]), 0, {})
+    except ThriftyError:
+        return True
+    except Exception:
+        return False
+    return False
