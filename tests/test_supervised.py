@@ -280,6 +280,12 @@ def test_a_finished_run_says_what_it_cost(uninterrupted):
     assert least <= cost["training_flops"] <= 2 * least
 
 
+def test_training_leaves_no_hook_on_the_model(tmp_path):
+    model = adapted()
+    run(tmp_path, model=model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path, uninterrupted, capfd):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 12 of 20; run the same command again"):

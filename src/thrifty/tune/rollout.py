@@ -158,8 +158,9 @@ def rollout(
     weights |= {f"{at}:{name}": p for at, part in parts.items() for name, p in part.named_parameters()}
     optimizer = adamw(weights, settings, device)
     config, isolates = laid_out(bare, settings)
+    own_meter = meter is None
     meter = meter if meter is not None else Meter()
-    meter.watch(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
+    meter.watch(bare)
     engine = LocalEngine(loaded, batch_size=settings.batch, max_tokens=settings.max_tokens, meter=meter)
     # At full strength; other adapters than LoRA have none to set and are on as they stand.
     named = adapter_name(bare) if hasattr(bare, "peft_config") else ""
@@ -214,6 +215,8 @@ def rollout(
     stopped = collapsed(lines, settings.window, settings.keep)
     with ExitStack() as stack:
         stack.callback(lambda: bare.train(was_training))
+        if own_meter:  # no hook of ours stays on a model
+            stack.callback(meter.forget, bare)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         asked_to_stop = stack.enter_context(checkpoint.interrupts())
         for step in range(done, settings.steps):

@@ -147,6 +147,7 @@ def train(
     steps = _steps(settings, data)
     accelerator = accelerated(model)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    own_meter = meter is None
     meter = meter if meter is not None else Meter()
     bare, was_training = model, model.training
     extra = dict(objective.modules(bare))
@@ -166,8 +167,7 @@ def train(
     for hook in hooks:
         hook.start(state)
     optimizer = state.optimizer
-    # The innermost model: a PeftModel around it calls it once, and an engine may watch it already.
-    meter.watch(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
+    meter.watch(bare)
     if getattr(objective, "needs_reference", False) and isinstance(source, Shuffled):
         source.examples = referenced(bare, source.examples, settings.tokens)  # of the model as it was given
 
@@ -202,6 +202,8 @@ def train(
     # ---- the loop
     with ExitStack() as stack:
         stack.callback(lambda: bare.train(was_training))
+        for part in (bare, *extra.values()) if own_meter else ():  # no hook of ours stays on a model
+            stack.callback(meter.forget, part)
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         asked_to_stop = stack.enter_context(checkpoint.interrupts())
         for step in range(done, steps):
