@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 import torch
 from peft import TaskType
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from thrifty.contracts import Card, ThriftyError
 from thrifty.tune.adapter._peft import Config, Layer, Tuner, linears, register, target_names
@@ -137,15 +138,24 @@ class SSFLayer(Layer):
         if shift is not None:
             self.ssf_shift[name].data.copy_(shift)
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As of any layer. The gradient of gamma needs f(x), which is computed again then: others keep x anyway."""
+        run = super().forward
+        if not torch.is_grad_enabled():
+            return run(x, *args, **kwargs)
+        again: Tensor = checkpoint(run, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return again
+
     def change(self, x: Tensor, y: Tensor, name: str) -> Tensor:
         strength = self.scaling[name]
         if isinstance(strength, Tensor):  # [B, T or 1, 1], and some norms see heads: [B, T, heads, d]
             strength = strength.reshape(*strength.shape[:2], *[1] * (y.ndim - 2)).to(y.dtype)
+        scale, shift = (p[name].to(y.dtype) if name in p else None for p in (self.ssf_scale, self.ssf_shift))
         made: Any = 0.0
-        if name in self.ssf_scale:
-            made = y * self.ssf_scale[name].to(y.dtype)
-        if name in self.ssf_shift:
-            made = made + self.ssf_shift[name].to(y.dtype)
+        if scale is not None:
+            made = y * scale if shift is None else torch.addcmul(shift, y, scale)
+        elif shift is not None:
+            made = shift
         return made if isinstance(strength, float) and strength == 1.0 else made * strength
 
     def weights(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
