@@ -15,6 +15,7 @@ from thrifty.tune.adapter import load_adapter, lora, save_adapter
 from thrifty.tune.adapter.eva import EVA
 from thrifty.tune.adapter.lora_sb import LoraSB, LoraSBLayer, factors, gradients
 from thrifty.tune.adapter.pissa import PiSSA
+from thrifty.tune.adapter.plain_lora import PlainLora
 from thrifty.tune.adapter.ssf import SSF, SSFConfig, SSFLayer
 from thrifty.tune.batches import Example, bucketed, collate
 from thrifty.tune.supervised import Train, train
@@ -294,6 +295,29 @@ def test_ssf_trains_two_values_per_channel_and_one_behind_norms_without_bias():
     assert sum(p.numel() for p in attached.parameters() if p.requires_grad) == 2 * channels + norms
     alone = SSF(norms=False, targets="q_proj,down_proj").attach(tiny.model(64), [])
     assert sum(p.numel() for p in alone.parameters() if p.requires_grad) == 2 * 2 * (64 + 32)
+
+
+def test_ssf_keeps_no_more_for_the_backward_pass_than_lora_and_has_the_gradients_of_its_formula():
+    def kept(method):
+        sizes = {}
+
+        def keep(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model = method.attach(tiny.model(64), batches()).train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(IDS.repeat(8, 4)).logits.sum()
+        return sum(sizes.values())
+
+    assert kept(SSF()) <= 1.02 * kept(PlainLora(rank=1))
+    linear, x = nn.Linear(3, 2), torch.randn(5, 3)
+    layer = SSFLayer(linear, "default", SSFConfig())
+    layer(x).square().sum().backward()
+    gamma, beta = 1 + layer.ssf_scale["default"].detach(), layer.ssf_shift["default"].detach()
+    y = linear(x).detach()
+    torch.testing.assert_close(layer.ssf_scale["default"].grad, (2 * (gamma * y + beta) * y).sum(0))
+    torch.testing.assert_close(layer.ssf_shift["default"].grad, (2 * (gamma * y + beta)).sum(0))
 
 
 def test_ssf_starts_near_one_and_zero():

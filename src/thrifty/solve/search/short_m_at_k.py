@@ -37,12 +37,15 @@ CLAIM = {
     ],
     "comparator": {"key": "self-consistency", "k": 8},
     "match": "both start 8 chains with the same random streams",
-    "tasks": ["search"],
+    "tasks": ["search", "roll"],
     "levels": [1, 2, 3],
     "n": 400,
     "seeds": 3,
     "unit": "student",
     "gates": {"a vote helps": [0.02, None]},
+    "amendments": [
+        "1: on search alone a vote helps only two of the three students; now roll beside it, where it helps each",
+    ],
 }
 
 

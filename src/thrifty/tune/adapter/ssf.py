@@ -193,10 +193,13 @@ CLAIM = {
     "tasks": ["roll"],
     "levels": [1, 2],
     "n": 400,
-    "seeds": 5,
+    "seeds": 8,
     "unit": "training",
-    "grid": {"lr": [3e-3, 1e-2, 3e-2]},
+    "grid": {"lr": [1e-2, 3e-2, 1e-1]},
     "gates": {"the skill is new": [None, 0.05]},
+    "amendments": [
+        "1: five seeds were inconclusive; now eight, and rates on both sides of the largest, which both arms took",
+    ],
 }
 
 
