@@ -76,7 +76,12 @@ class Detokenizer:
 class Splitter:
     """Tells chain from content in a text that grows. What may yet turn out a tag, a stop string or white space at an
     end is held back; what was sent is exactly the beginning of what ``parts`` says in the end.
+
+    Save where a chain turns out one only as it closes, for want of an opening tag: what was sent as content remains
+    that, and the response follows it behind ``GAP``.
     """
+
+    GAP = "\n\n"
 
     def __init__(self, format: ChatFormat | None, stops: Sequence[str]) -> None:
         self.format, self.stops = format, stops
@@ -88,6 +93,8 @@ class Splitter:
 
     def end(self, final: Mapping[str, str]) -> list[tuple[str, str]]:
         """What is still to be sent, of the whole text of each field."""
+        if self.sent.get("content") and not self.sent.get("reasoning_content") and final.get("reasoning_content"):
+            final = {"content": f"{final['reasoning_content']}{self.GAP}{final['content']}"}
         return [piece for name, whole in final.items() if (piece := self._new(name, whole))]
 
     def _new(self, name: str, text: str) -> tuple[str, str] | None:
@@ -105,7 +112,10 @@ class Splitter:
         inside = thought.lstrip()
         if closing:
             thought = thought.replace(chat.open, "", 1).strip()
-            return [("reasoning_content", thought), ("content", self._held(response.lstrip(), self.stops).rstrip())]
+            response = self._held(response.lstrip(), self.stops).rstrip()
+            if self.sent.get("content") and not self.sent.get("reasoning_content"):
+                return [("content", f"{thought}{self.GAP}{response}" if response else thought)]
+            return [("reasoning_content", thought), ("content", response)]
         if chat.prefilled or inside.startswith(chat.open):
             held = self._held(thought.replace(chat.open, "", 1), [chat.close, chat.open, *self.stops])
             return [("reasoning_content", held.strip())]
