@@ -13,8 +13,9 @@ import click
 
 from thrifty import fields, registry
 from thrifty.commands import _endpoint, _options, _runs
-from thrifty.contracts import All, First, OutOfBudget, Problem, RowFailed, Sample, Talk, ThriftyError
+from thrifty.contracts import All, First, Problem, Sample, Talk, ThriftyError
 from thrifty.engines import capabilities, spread
+from thrifty.engines.relay import relayed
 from thrifty.tasks import SPLITS
 
 
@@ -97,26 +98,16 @@ class Drafted:
     decoder: Any
 
     def solve(self, problem: Problem, rng: random.Random) -> Talk:
-        return self._talk(self.strategy.solve(problem, rng))
+        return relayed(self.strategy.solve(problem, rng), self._ask)
 
-    def _talk(self, talk: Talk) -> Talk:
-        answer, signal = None, None
-        while True:
-            try:
-                request = talk.throw(signal) if signal is not None else talk.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            answer, signal = None, None
-            try:
-                answer = yield self._request(request)
-            except (OutOfBudget, RowFailed) as error:
-                signal = error
+    def _ask(self, request: Any) -> Talk:
+        return (yield self._request(request))
 
     def _request(self, request: Any) -> Any:
         if isinstance(request, All | First):
             return replace(request, items=[self._request(item) for item in request.items])
         if not isinstance(request, Sample):
-            return self._talk(request) if hasattr(request, "send") else request
+            return relayed(request, self._ask) if hasattr(request, "send") else request
         if asked := _refused(capabilities.used(request)):
             raise ThriftyError(_no_decoder(type(self.strategy).__name__, asked))
         return request if request.decoder is not None else replace(request, decoder=self.decoder)

@@ -31,6 +31,7 @@ from thrifty.contracts import (
     Trace,
     Usage,
 )
+from thrifty.engines.relay import relayed
 
 
 @dataclass(eq=False)
@@ -127,18 +128,7 @@ class Served:
         return self._parsed(trace)
 
     def _drive(self, talk: Talk, problem: Problem) -> Talk:
-        answer: Any = None
-        spent: OutOfBudget | RowFailed | None = None
-        while True:
-            try:
-                request = talk.throw(spent) if spent is not None else talk.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            spent = None
-            try:
-                answer = yield from self._ask(request, problem)
-            except (OutOfBudget, RowFailed) as signal:
-                spent = signal
+        return relayed(talk, lambda request: self._ask(request, problem))
 
     def _ask(self, request: Any, problem: Problem) -> Talk:
         if isinstance(request, Sample):
