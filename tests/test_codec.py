@@ -183,7 +183,7 @@ def test_without_initial_values_only_what_begins_as_zero_is_coded(trained, tmp_p
 def test_wrong_folders_files_and_initial_values_are_refused(trained, tmp_path):
     compress = ("compress", trained / "tuned", "--out", tmp_path / "small")
     assert "no adapter_config.json" in adapter("compress", tmp_path, *compress[2:], "--codec", CODEC)
-    assert "thrifty list --family weights.codec" in adapter(*compress, "--codec", "average")
+    assert "give one of weights.codec (compeft)" in adapter(*compress, "--codec", "average")
     assert "no adapter_config.json" in adapter(*compress, "--codec", CODEC, "--initial", trained / "model")
     assert "did not begin as these" in adapter(*compress, "--codec", CODEC, "--seed", 4, "--base", trained / "model")
     assert "give one of them" in adapter(*compress, "--codec", CODEC, "--seed", 3, "--initial", trained / "initial")

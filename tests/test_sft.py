@@ -150,7 +150,7 @@ def test_a_stopped_training_goes_on_in_the_adapter_it_began_with(
     ("words", "told"),
     [
         ("--adapter lift", "--adapter is lift, of family tune.sparse: give one of tune.adapter (eva, "),
-        ("--objective ssf", "or --adapter ssf"),
+        ("--objective ssf", "`thrifty show ssf` tells what it is for"),
         ("--selector key-steps:x=1", "give one of traces.select"),
         ("--hook lift:rnk=1", "did you mean"),
         ("--adapter pissaa", "did you mean"),

@@ -58,6 +58,18 @@ def made(text: str, verb: str) -> Any:
     return cls(**typed(cls, pairs))
 
 
+def part(option: str, text: str, family: str, verb: str) -> Any:
+    """As ``made``, the method of ``family`` that ``option`` is given; ThriftyError for one of another family."""
+    found = registry.find(split(text)[0])
+    if found.family != family:
+        keys = ", ".join(sorted(m.key for m in registry.methods().values() if m.family == family))
+        raise ThriftyError(
+            f"{option} is {found.key}, of family {found.family}: give one of {family} ({keys}); `thrifty show "
+            f"{found.key}` tells what it is for"
+        )
+    return made(text, verb)
+
+
 def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` converted to the types of the fields of ``cls``; raises ThriftyError with what it takes."""
     hints = typing.get_type_hints(cls)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from thrifty import fields, registry
+from thrifty import fields
 from thrifty.contracts import ThriftyError
 from thrifty.engines import _vllm_lora
 from thrifty.files import aside
@@ -138,10 +138,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _codec(text: str) -> Any:
-    family = registry.find(fields.split(text)[0]).family
-    if family != "weights.codec":
-        raise ThriftyError(f"--codec is {text}, of family {family}: give one of `thrifty list --family weights.codec`")
-    return fields.made(text, "encode")
+    return fields.part("--codec", text, "weights.codec", "encode")
 
 
 def _drawn(config: Mapping[str, Any], seed: int, base: str | None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from thrifty import fields, registry
+from thrifty import fields
 from thrifty.commands import _endpoint, _options, _runs
 from thrifty.contracts import All, First, Problem, Sample, Talk, ThriftyError
 from thrifty.engines import capabilities, spread
@@ -116,17 +116,12 @@ class Drafted:
 def _drafted(text: str, chosen: list[tuple[str, Any]], engine: str) -> list[tuple[str, Any]]:
     """The strategies with the decoder that ``text`` names; ThriftyError where that cannot be, before any work."""
     key = fields.split(text)[0]
-    family = registry.find(key).family
-    if family != "decode.accelerate":
-        raise ThriftyError(
-            f"--decoder is {key}, of family {family}: give one of `thrifty list --family decode.accelerate`"
-        )
+    decoder = fields.part("--decoder", text, "decode.accelerate", "decode")
     if engine != "local":
         raise ThriftyError(
             f"--decoder {key} runs the model's own forwards, and behind an endpoint there are none to run: leave out "
             "--engine, or measure the endpoint without --decoder (its server may draft by itself)"
         )
-    decoder = fields.made(text, "decode")
     for name, strategy in chosen:
         if asked := _refused({word for words in capabilities.needs(strategy).values() for word in words}):
             raise ThriftyError(_no_decoder(name, asked))

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from thrifty import registry
 from thrifty.contracts import Card, Objective, Problem, Reward, ThriftyError
 from thrifty.engines import capabilities
-from thrifty.fields import made, split
+from thrifty.fields import part, split
 from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.tune.adapter import lora
@@ -171,7 +170,7 @@ class GRPO:
     # ---- parts --------------------------------------------------------------------------------------
 
     def _reward(self) -> Reward:
-        reward: Reward = _part("--reward", self.reward, "tune.reward", "score")
+        reward: Reward = part("--reward", self.reward, "tune.reward", "score")
         for key, names in capabilities.needs(reward).items():
             if missing := sorted(set(names) - {"logprobs", "entropies"}):
                 raise ThriftyError(
@@ -181,19 +180,13 @@ class GRPO:
         return reward
 
     def _objective(self) -> Objective:
-        objective: Objective = _part("--objective", self.objective, "tune.objective", "loss")
+        objective: Objective = part("--objective", self.objective, "tune.objective", "loss")
         if not takes_samples(objective):
             raise ThriftyError(
                 f"--objective {split(self.objective)[0]} is trained on given documents or pairs, not on answers and "
                 "what they are worth: give clipped, mirror-descent or another one of that kind"
             )
         return objective
-
-
-def _part(option: str, text: str, family: str, verb: str) -> Any:
-    if (found := registry.find(split(text)[0])).family != family:
-        raise ThriftyError(f"{option} is {found.key}, of family {found.family}: give one of {family}")
-    return made(text, verb)
 
 
 def _levels(reward: Any) -> tuple[str | None, ...]:

@@ -22,9 +22,8 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from thrifty import registry
 from thrifty.contracts import Card, Chain, Engine, Outcome, Problem, Strategy, ThriftyError
-from thrifty.fields import made, split
+from thrifty.fields import made, part, split
 from thrifty.files import aside, write_json
 from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
 from thrifty.models.load import load
@@ -102,34 +101,20 @@ class SFT(LoraRecipe):
             raise ThriftyError(f"--samples is {self.samples}: give at least 1")
         if self.samples > 1 and self.chains_from == "gold":
             raise ThriftyError(f"--samples is {self.samples}, of the model's own chains: give --chains-from own too")
-        for name in PARTS:
-            self._check_family(name)
+        for name, (family, verb) in PARTS.items():
+            if (text := getattr(self, name)) is not None:
+                part(f"--{name}", text, family, verb)
         if self.adapter and self.hook:
             raise ThriftyError(
                 f"--hook {self.hook} trains the model's own weights, --adapter {self.adapter} leaves them as they are: "
                 "give one of the two"
             )
         rank = next(f.default for f in fields(self) if f.name == "rank")
-        if (part := self.adapter or self.hook) and self.rank != rank:
-            key = split(part)[0]
+        if (other := self.adapter or self.hook) and self.rank != rank:
+            key = split(other)[0]
             raise ThriftyError(f"--rank is the plain LoRA's, and {key} takes its place: write {key}:rank={self.rank}")
         if self.objective:
             self._check_objective(lab)
-
-    def _check_family(self, name: str) -> None:
-        """Raise ThriftyError unless the method of field ``name`` is of its family, with settings that it has."""
-        text, (family, verb) = getattr(self, name), PARTS[name]
-        if text is None:
-            return
-        found = registry.find(split(text)[0])
-        if found.family != family:
-            keys = ", ".join(sorted(m.key for m in registry.methods().values() if m.family == family))
-            other = next((other for other, (its, _) in PARTS.items() if its == found.family), None)
-            raise ThriftyError(
-                f"--{name} is {found.key}, of family {found.family}: give one of {family} ({keys})"
-                + (f", or --{other} {text}" if other else "")
-            )
-        made(text, verb)
 
     def _check_objective(self, lab: Lab) -> None:
         """Raise ThriftyError where the objective takes no single chains, or not these: it is tried on two."""
