@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,27 @@ def test_the_effective_configuration_runs_again_to_the_same_figures(run: Path, t
     result = thrifty("run", run / "config.yaml", "--runs", tmp_path, "--name", "again")
     assert result.exit_code == 0, result.output
     assert figures(tmp_path / "again") == figures(run)
+
+
+def test_a_measurements_configuration_runs_again_too(model: str, tmp_path: Path) -> None:
+    words = ("--strategy", "greedy", "--strategy", "self-consistency:k=2", "--budget", "30")
+    first = thrifty("measure", "--model", model, "--runs", tmp_path, "--name", "one", *SMALL, *words)
+    assert first.exit_code == 0, first.output
+    config = tmp_path / "one" / "config.yaml"
+    again = thrifty("run", config, "--runs", tmp_path, "--name", "two")
+    assert again.exit_code == 0, again.output
+    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+    assert "seed was 0, is 1" in refused("run", config, "--runs", tmp_path, "--seed", "1")
+    assert "--plan is for recipes" in refused("run", config, "--runs", tmp_path, "--plan")
+
+
+def test_a_finished_run_is_shown_without_its_stages(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lean"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("stages"))
+    result = thrifty("run", folder / "config.yaml", "--runs", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "has run already" in result.output
+    assert not (folder / "stages").exists()
 
 
 def test_a_finished_run_is_shown_not_run_again(run: Path) -> None:
@@ -407,6 +429,9 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     assert "is no YAML file" in refused("run", path)
     path.write_text(yaml.safe_dump({"model": "long"}))
     assert "no `recipe`" in refused("run", path)
+    for recipe in ("cot-valve", "measure"):
+        path.write_text(yaml.safe_dump({"recipe": recipe, "modell": "long"}))
+        assert "has 'modell', which is no setting. Did you mean 'model'?" in refused("run", path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

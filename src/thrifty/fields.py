@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from thrifty import registry
@@ -54,12 +55,16 @@ def made(text: str, verb: str) -> Any:
     method = registry.find(key)
     cls = registry.load(key)
     if not hasattr(cls, verb):
-        raise ThriftyError(f"{key} is of family {method.family} and has no {verb}(): `thrifty list` names the others")
-    return cls(**typed(cls, pairs))
+        raise ThriftyError(
+            f"{key} is of family {method.family} and has no {verb}(): `thrifty show {key}` tells what it is for"
+        )
+    return cls(**typed(cls, pairs, key))
 
 
 def part(option: str, text: str, family: str, verb: str) -> Any:
     """As ``made``, the method of ``family`` that ``option`` is given; ThriftyError for one of another family."""
+    if Path(text).is_dir():
+        raise ThriftyError(f"{option} {text} is a folder: give the key of a method of family {family}")
     found = registry.find(split(text)[0])
     if found.family != family:
         keys = ", ".join(sorted(m.key for m in registry.methods().values() if m.family == family))
@@ -70,34 +75,40 @@ def part(option: str, text: str, family: str, verb: str) -> Any:
     return made(text, verb)
 
 
-def typed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` converted to the types of the fields of ``cls``; raises ThriftyError with what it takes."""
+def typed(cls: type, values: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
+    """``values`` converted to the types of the fields of ``cls``; raises ThriftyError with what it takes.
+
+    ``key`` is the method's where the fields stand behind it; else they are options.
+    """
+
+    def told(name: str) -> str:
+        return f"{key}:{name}" if key else "--" + name.replace("_", "-")
+
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     out = {}
     for name, value in values.items():
         if name not in names:
             near = registry.did_you_mean(name, names)
-            known = ", ".join("--" + n.replace("_", "-") for n in names)
-            raise ThriftyError(f"{cls.__name__} has no field {name!r}.{near} It takes: {known}")
-        out[name] = _convert(hints[name], name, value)
+            takes = ", ".join(map(told, names)) or "none"
+            raise ThriftyError(f"{key or cls.__name__} has no field {name!r}.{near} It takes: {takes}")
+        out[name] = _convert(hints[name], told(name), value)
     return out
 
 
-def _convert(kind: Any, name: str, value: Any) -> Any:
-    option = "--" + name.replace("_", "-")
+def _convert(kind: Any, option: str, value: Any) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None or value == "none":
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), name, value)
+        return _convert(next(a for a in arguments if a is not type(None)), option, value)
     if origin is typing.Literal:
         if value not in arguments:
             raise ThriftyError(f"{option} is {value!r}; choose {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
-        return tuple(_convert(arguments[0], name, item) for item in items)
+        return tuple(_convert(arguments[0], option, item) for item in items)
     if kind is bool:
         if str(value).lower() not in ("true", "false", "yes", "no", "1", "0"):
             raise ThriftyError(f"{option} is {value!r}; give true or false")

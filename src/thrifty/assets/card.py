@@ -95,9 +95,10 @@ def write(docs: Path | None, n: int) -> str:
         "# The students\n",
         "Tiny reasoning models that ship with thrifty: Qwen3-shaped, 4 layers, d = 128, about 0.75 million parameters, "
         "bf16. `thrifty.assets.find(NAME)` gives the folder, an ordinary one for `from_pretrained`. The three training "
-        "seeds of each share nothing: each starts from its own random weights.\n",
+        "seeds share nothing: each starts from its own random weights.\n",
         "Accuracy / mean thinking tokens at T = 0.7 on fixed problems of the test split "
-        f"({n} of roll, {n // 2} of each other task). Printed by `python -m thrifty.assets.students --card`.\n",
+        f"({n} of roll, {n // 2} of each other task). Printed by `python -m thrifty.assets.students --card --n {n} "
+        "--docs docs/students.md`, which writes the students' model cards too.\n",
     ]
     for name in assets.available():
         kind = name.split("-")[0]

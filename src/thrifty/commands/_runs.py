@@ -47,7 +47,7 @@ def opened(ctx: click.Context, folder: Path, config: Mapping[str, Any]) -> Itera
     except OSError as error:
         raise ThriftyError(f"cannot make the folder {folder}: {error.strerror}; choose another --runs") from error
     with _locked(folder):
-        if not (folder / "stages").exists():
+        if not _begun(folder):
             write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         try:
             yield _finished(folder)
@@ -55,6 +55,11 @@ def opened(ctx: click.Context, folder: Path, config: Mapping[str, Any]) -> Itera
             told = f"thrifty: interrupted; what is done stands in {folder}. Run the same command to go on"
             click.echo(f"\n{told}", err=True)
             ctx.exit(130)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run has left something here; who has its result may delete the stages."""
+    return (folder / "stages").exists() or (folder / "result.json").exists()
 
 
 def _finished(folder: Path) -> bool:
@@ -67,7 +72,7 @@ def _finished(folder: Path) -> bool:
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / "config.yaml"
-    if not (path.exists() and (folder / "stages").exists()):
+    if not (path.exists() and _begun(folder)):
         if folder.exists() and (
             not folder.is_dir() or any(entry.name not in ("config.yaml", LOCK) for entry in folder.iterdir())
         ):

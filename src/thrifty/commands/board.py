@@ -8,7 +8,11 @@ import click
 
 
 @click.command()
-@click.option("--results", type=click.Path(path_type=Path), help="Folder of KEY.jsonl.  [default: results]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Folder of KEY.jsonl.  [default: the package's, and ./results]",
+)
 @click.option(
     "--add", "added", multiple=True, type=click.Path(path_type=Path), help="Somebody else's results; may be repeated."
 )

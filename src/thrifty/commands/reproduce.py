@@ -30,7 +30,11 @@ _Done = tuple[registry.Method, dict[str, Any] | None, Exception | None]
 @click.option(
     "--cache", default="runs/claims", type=click.Path(path_type=Path), help="Finished work is read from here."
 )
-@click.option("--results", type=click.Path(path_type=Path), help="Where results stand.  [default: results]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Where results stand.  [default: with the package; for your own methods ./results]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the records.")
 @_options.ray("claims (with --all; of one claim its problems)")
 @click.pass_context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ from thrifty import fields, registry
 from thrifty.commands import _options, _runs
 from thrifty.contracts import ThriftyError
 
+MEASURED = ("measure", "calibrate")
+"""Commands that leave a run folder, and run no recipe."""
+
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.argument("recipe")
 @_options.asking(("test", "dev"))
-@click.option("--plan", is_flag=True, help="Say what it will cost (tokens, time, disk) and do nothing.")
+@click.option("--plan", is_flag=True, help="Say what it will cost (tokens, time, disk), by a probe; write nothing.")
 @_options.ray("problems")
 @click.pass_context
 def main(
@@ -35,7 +40,11 @@ def main(
     """
     money = _runs.prices(price)
     if recipe.endswith((".yaml", ".yml")):
-        config = _again(ctx, Path(recipe), options)
+        config = _runs.read_config(Path(recipe))
+        if config["recipe"] in MEASURED:
+            _measured(ctx, Path(recipe), config)
+            return
+        config = _again(ctx, Path(recipe), config, options)
         name = name or Path(recipe).parent.name
     else:
         config = {"recipe": recipe, **options, "fields": {}}
@@ -64,18 +73,42 @@ def main(
         _runs.show(folder, as_json)
 
 
-def _again(ctx: click.Context, path: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _again(ctx: click.Context, path: Path, config: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The configuration of an earlier run, changed by what the command line names."""
-    config = _runs.read_config(path)
-    for key, value in options.items():
-        if ctx.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT:
-            config[key] = value
-    return {**options, "fields": {}, **config}
+    _known(path, config, [*options, "recipe", "fields"])
+    return {**options, "fields": {}, **config, **{k: v for k, v in options.items() if _named(ctx, k)}}
+
+
+def _measured(ctx: click.Context, path: Path, config: Mapping[str, Any]) -> None:
+    """Give the command that left a configuration once more, changed by what the command line names."""
+    command: click.Command = importlib.import_module(f"thrifty.commands.{config['recipe']}").main
+    options = {option.name: option for option in command.params}
+    _known(path, config, [*map(str, options), "recipe", "dial"])
+    if ctx.params["plan"]:
+        raise ThriftyError(f"{path} was left by `thrifty {config['recipe']}`, and --plan is for recipes: leave it out")
+    words: list[str] = []
+    given = {**config, "name": path.parent.name, **{k: v for k, v in ctx.params.items() if _named(ctx, k)}}
+    for key, value in given.items():
+        if key in options and value is not None and value is not False:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [options[key].opts[0], *([] if one is True else [str(one)])]
+    with command.make_context(config["recipe"], [*words, *ctx.args], parent=ctx) as inner:
+        command.invoke(inner)
+
+
+def _named(ctx: click.Context, option: str) -> bool:
+    return ctx.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+
+
+def _known(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ThriftyError for a key that a run would not look at: it may be a slip in one that matters."""
+    for key in config:
+        if key not in names:
+            raise ThriftyError(f"{path} has {key!r}, which is no setting.{registry.did_you_mean(key, list(names))}")
 
 
 def _recipe(key: str) -> type:
     method = registry.find(key)
     if method.family != "recipes":
-        remedy = "use `thrifty measure --strategy`" if method.family == "solve.search" else "use it from Python"
-        raise ThriftyError(f"{key} is of family {method.family}, not a recipe: {remedy}")
+        raise ThriftyError(f"{key} is of family {method.family}, no recipe: `thrifty show {key}` tells how it is run")
     return registry.load(key)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ USAGE: dict[str, tuple[str, ...]] = {
         "from thrifty.tune.batches import pairs",
         "from thrifty.tune.supervised import Train, train",
         'lab = Lab(Path("runs/KEY"), "DIR", tasks.load("TASK"))',
+        "# of a task whose problems come with chains:",
         'rejected = [Chain(p, p.meta["chain"], p.answer) for p in lab.problems("train", 1000)]',
         'chosen = registry.load("key-steps")().compress(rejected, lab.context())',
         "model, chat = lora(lab.loaded().model), lab.loaded().chat",
@@ -136,10 +138,15 @@ def _fields(method: registry.Method) -> None:
 
 def _default(spec: dataclasses.Field[Any]) -> str:
     if spec.default is not dataclasses.MISSING:
-        return f" = {spec.default!r}"
+        return f" = {_plain(spec.default)}"
     if spec.default_factory is not dataclasses.MISSING:
-        return f" = {spec.default_factory()!r}"
+        return f" = {_plain(spec.default_factory())}"
     return " (required)"
+
+
+def _plain(value: Any) -> str:
+    """Its representation, without where it lies in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _usage(method: registry.Method) -> list[str]:
@@ -152,7 +159,7 @@ def _usage(method: registry.Method) -> list[str]:
     if family == "tune.objective" and cls is not None:
         family = f"{family}, {_trained_on(cls)}"
     lines = list(USAGE.get(family, PYTHON))
-    if hasattr(cls, "rate") and family != "solve.verify":
+    if callable(getattr(cls, "rate", None)) and family != "solve.verify":
         lines = [*USAGE["solve.verify"], *lines]
     return [line.replace("KEY", method.key) for line in lines]
 

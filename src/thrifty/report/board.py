@@ -60,7 +60,10 @@ def collect(results: Path | None = None, added: Sequence[Path] = ()) -> tuple[li
 
 def _files(path: Path, required: bool) -> list[Path]:
     if path.is_dir():
-        return sorted(path.glob("*.jsonl"))
+        found = sorted(path.glob("*.jsonl"))
+        if required and not found:
+            raise ThriftyError(f"{path} has no KEY.jsonl: give the folder in which `thrifty reproduce` writes")
+        return found
     if required and not path.is_file():
         raise ThriftyError(f"{path}: no such file or folder; `thrifty reproduce KEY` writes results/KEY.jsonl")
     return [path] if path.is_file() else []

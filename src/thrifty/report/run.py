@@ -244,6 +244,8 @@ def _less(a: float | None, b: float | None) -> bool:
 
 def _result(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        if not (path.parent / "config.yaml").is_file():
+            raise ThriftyError(f"{path.parent}: no run folder, it has no config.yaml; `thrifty run` makes one")
         raise ThriftyError(f"{path}: missing; the run did not finish. Run it again: it goes on where it stopped")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def find_columns(name: str, found: Sequence[str], question: str | None, answer: 
             names = ", ".join(QUESTION if role == "question" else ANSWER)
             raise ThriftyError(
                 f"{name} has no {role} column. Columns found: {', '.join(found) or '(none)'}. Name it with "
-                f"?{role}=COLUMN (in Python: {role}='COLUMN'), or rename it to one of: {names}."
+                f"--{role} COLUMN or ?{role}=COLUMN (in Python: {role}='COLUMN'), or rename it to one of: {names}."
             )
     taken = (columns["question"], columns["answer"])
     return Columns(

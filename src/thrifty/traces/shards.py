@@ -70,7 +70,10 @@ def stream(paths: Iterable[Path]) -> Iterator[Piece]:
                     yield Piece(path, first, batch.select(SCHEMA.names).cast(SCHEMA))
                     first += len(batch)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ThriftyError(f"{path}: broken after row {first:,} ({error}); make it anew") from error
+            what = f"broken after row {first:,} ({error}); make it anew"
+            if not first:
+                what = f"no Parquet file that can be read ({error}); give one as a run leaves it, traces.parquet"
+            raise ThriftyError(f"{path}: {what}") from error
 
 
 @dataclass
