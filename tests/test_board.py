@@ -221,6 +221,8 @@ def test_missing_files_and_folders_are_named(tmp_path):
         with pytest.raises(ThriftyError, match="nowhere"):
             CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "b.html")], catch_exceptions=False)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ThriftyError, match=r"has no KEY\.jsonl"):
+        write_board(tmp_path / "board.html", tmp_path)
 
 
 def test_the_command_says_where_the_page_is_and_what_it_passed_over(results, tmp_path):

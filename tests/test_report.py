@@ -206,6 +206,9 @@ def test_broken_run_folders_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ThriftyError, match="no such run folder"):
         write_report(tmp_path / "none")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ThriftyError, match="empty: no run folder"):
+        write_report(tmp_path / "empty")
+    (tmp_path / "empty" / "config.yaml").touch()
     with pytest.raises(ThriftyError, match=r"result\.json: missing; the run did not finish"):
         write_report(tmp_path / "empty")
     settings = json.loads((folder / "result.json").read_text())["settings"]

@@ -148,8 +148,8 @@ def test_bad_input_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     for words, says in (
         (["nowhere.parquet"], "nowhere.parquet: no such trace file"),
         ([tmp_path / "folder"], "no Parquet file in this folder"),
-        ([tmp_path / "broken.parquet"], "broken.parquet: broken after row 0"),
-        ([tmp_path / "empty.parquet"], "empty.parquet: broken after row 0"),
+        ([tmp_path / "broken.parquet"], "broken.parquet: no Parquet file that can be read"),
+        ([tmp_path / "empty.parquet"], "empty.parquet: no Parquet file that can be read"),
         ([tmp_path / "a.parquet", "--to", tmp_path / "a.parquet"], "is read from"),
         ([tmp_path / "a.parquet", "--to", tmp_path / "a.csv"], "must end in .parquet or .jsonl"),
         ([tmp_path / "a.parquet", "--sample", "2"], "above 0, at most 1"),

@@ -34,7 +34,7 @@ def main(family: str | None, status: str | None, as_json: bool, plain: bool) -> 
         and (status is None or entry.status == status)
     ]
     if not rows:
-        told = "nothing: methods stand under their paper's family, which may not be that of their file (docs/methods.md)"
+        told = "nothing: methods stand under their paper's family, which may not be their file's (docs/methods.md)"
         click.echo(f"thrifty: {told}", err=True)
     if as_json:
         names = ("key", "family", "title", "arxiv", "year", "saves", "priority", "status")

@@ -52,6 +52,8 @@ def collect(results: Path | None = None, added: Sequence[Path] = ()) -> tuple[li
     own = [results] if results is not None else [evidence.results_folder(registry.PACKAGE), Path("results")]
     files = [(path, False) for folder in own for path in _files(folder, required=folder is results)]
     files += [(path, True) for given in added for path in _files(given, required=True)]
+    if results is not None and not files:
+        raise ThriftyError(f"{results} has no KEY.jsonl: give the folder in which `thrifty reproduce` writes")
     found: dict[Path, tuple[list[Record], list[str]]] = {}
     for path, outside in files:
         found.setdefault(path.resolve(), records.read(path, outside))
@@ -60,10 +62,7 @@ def collect(results: Path | None = None, added: Sequence[Path] = ()) -> tuple[li
 
 def _files(path: Path, required: bool) -> list[Path]:
     if path.is_dir():
-        found = sorted(path.glob("*.jsonl"))
-        if required and not found:
-            raise ThriftyError(f"{path} has no KEY.jsonl: give the folder in which `thrifty reproduce` writes")
-        return found
+        return sorted(path.glob("*.jsonl"))
     if required and not path.is_file():
         raise ThriftyError(f"{path}: no such file or folder; `thrifty reproduce KEY` writes results/KEY.jsonl")
     return [path] if path.is_file() else []
