@@ -76,6 +76,10 @@ CLAIM = {
     "match": "the same answers; training is extra",
     "gates": {"accuracy": [0.1, 0.95]},
     "placebo": {"words": ("0",)},
+    "amendments": [
+        "1: the answer's own probability was asked for without the space before it, which the students never write: it "
+        "was 1e-8, and the placebo held"
+    ],
 }
 ASK = (
     "Here is a question and, perhaps, the beginning of an answer. How likely is it that the answer will be right? "
@@ -267,10 +271,12 @@ def claim(trial: Any) -> dict[str, Any]:
         def talk(problem: Problem) -> Talk:
             trace = answers[problem.id].chosen
             cut = next((span.end for span in trace.spans if span.kind == "thought"), 0)
-            [score] = yield Score(problem.prompt, (trace.response or "?",), prefix=trace.ids[:cut])
+            # as it was written, with the space before it
+            said = tokenizer.decode(trace.ids[cut:].tolist(), skip_special_tokens=True)
+            [score] = yield Score(problem.prompt, (said or "?",), prefix=trace.ids[:cut])
             return [math.exp(score)]
 
-        engine = lab.engine()
+        engine, tokenizer = lab.engine(), lab.loaded().tokenizer
     heard = _Heard(talk)
     Runner(engine, lab.task).solve(heard, problems, trial.seed)
     stated = np.array([heard.found[p.id][0] for p in problems])
