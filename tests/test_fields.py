@@ -11,6 +11,13 @@ def test_a_value_keeps_its_commas():
     assert fields.split("x") == ("x", {})
 
 
+def test_the_number_of_samples_may_stand_behind_the_key():
+    vote = registry.load("self-consistency")
+    assert fields.made("majority@5", "solve") == fields.made("self-consistency@5", "solve") == vote(k=5)
+    assert fields.made("short-3@8:temperature=1", "solve") == registry.load("short-m-at-k")(m=3, k=8, temperature=1.0)
+    assert fields.made("best-of-n@3", "solve").n == 3
+
+
 def test_a_method_is_a_part_of_another():
     made = fields.made("best-of-n:n=4,verifier=failed-step-fraction", "solve")
     assert made == registry.load("best-of-n")(n=4, verifier=registry.load("failed-step-fraction")())
@@ -24,6 +31,9 @@ def test_a_method_is_a_part_of_another():
         ("pear", "pear is of family tune.reward and has no solve()"),
         ("best-of-n:verifier=greedy", "greedy is of family solve.search and has no rate()"),
         ("best-of-n:verifer=greedy", "no field 'verifer'"),
+        ("greedy@3", "greedy@3: the number of samples goes behind @, where a strategy has one"),
+        ("self-consistency@x", "self-consistency@x: the number"),
+        ("self-consistencyy@3", "Did you mean 'self-consistency'"),
     ],
 )
 def test_what_cannot_be_made_is_told(text: str, told: str):

@@ -1,8 +1,12 @@
-"""Methods from words: fields as options (``--train-n 200 --alphas 0,.5,1``), or ``KEY:train_n=200,margin=.05``."""
+"""Methods from words: fields as options (``--train-n 200 --alphas 0,.5,1``), or ``KEY:train_n=200,margin=.05``.
+
+How many samples a strategy takes may stand behind ``@``: ``self-consistency@5``, ``majority@5``, ``short-3@8``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -11,6 +15,12 @@ from typing import Any
 
 from thrifty import registry
 from thrifty.contracts import ThriftyError
+
+SHORT = r"short-(\d{1,4})@(\d{1,4})"
+"""The paper's way to write m and k of short-m@k."""
+ALIASES = {"majority": "self-consistency"}
+COUNTS = ("k", "n", "samples", "width")
+"""Fields that say how many samples a strategy takes."""
 
 
 def from_arguments(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
@@ -31,10 +41,12 @@ def from_arguments(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def split(text: str) -> tuple[str, dict[str, str]]:
-    """Key and fields of ``KEY:NAME=VALUE,NAME=VALUE``, where a value may have commas of its own.
+    """Key and fields of ``KEY:NAME=VALUE,NAME=VALUE`` or ``KEY@N``, where a value may have commas of its own.
 
     >>> split("trimr:markers=wait,so,most=200")
     ('trimr', {'markers': 'wait,so', 'most': '200'})
+    >>> split("short-3@8:temperature=1")
+    ('short-m-at-k', {'m': '3', 'k': '8', 'temperature': '1'})
     """
     key, _, inside = text.partition(":")
     pairs: dict[str, str] = {}
@@ -46,7 +58,22 @@ def split(text: str) -> tuple[str, dict[str, str]]:
             pairs[next(reversed(pairs))] += f",{part}"
         else:
             raise ThriftyError(f"{key}: {part[:80]!r} is no setting; write {key}:field=value,field=value")
-    return key, pairs
+    if match := re.fullmatch(SHORT, key):
+        return "short-m-at-k", {"m": match[1], "k": match[2], **pairs}
+    name, at, count = key.partition("@")
+    name = ALIASES.get(name, name)
+    if at and name in registry.methods():
+        pairs = {_samples(name, count): count, **pairs}
+    return name, pairs
+
+
+def _samples(key: str, count: str) -> str:
+    """The field of a strategy that says how many samples it takes."""
+    names = [f.name for f in dataclasses.fields(registry.method_class(registry.find(key)))]
+    name = next((name for name in COUNTS if name in names), None)
+    if name is None or not count.isdigit() or len(count) > 9:
+        raise ThriftyError(f"{key}@{count[:20]}: the number of samples goes behind @, where a strategy has one")
+    return name
 
 
 def made(text: str, verb: str) -> Any:

@@ -23,7 +23,8 @@ from thrifty.tasks import SPLITS
 @_options.asking(SPLITS)
 @click.option(
     "--strategy", "strategies", multiple=True, default=("single-pass",),
-    help="Key of a solve.search method, with fields after a colon (short-m-at-k:m=1,k=5). May be repeated.",
+    help="Key of a solve.search method, with fields after a colon (short-m-at-k:m=1,k=5), or short-3@8, majority@8. "
+    "May be repeated.",
 )  # fmt: skip
 @click.option(
     "--decoder",

@@ -21,12 +21,7 @@ from thrifty import fields, registry, tasks
 from thrifty.contracts import Prompt, ThriftyError
 from thrifty.tasks import answers
 
-SHORT = r"short-(\d{1,4})@(\d{1,4})"
-"""The paper's way to write m and k of short-m@k."""
 PLAIN = ("none", "plain")
-ALIASES = {"majority": "self-consistency"}
-COUNTS = ("k", "n", "samples", "width")
-"""Fields that say how many samples a strategy takes."""
 PARSERS: Mapping[str, bool | None] = {"auto": None, "math": None, "number": True, "gsm8k": True, "text": False}
 """Names of answer parsers, and whether answers are numbers (``answers.parse``)."""
 MARKED = re.compile(
@@ -50,7 +45,7 @@ class Choice:
     @property
     def samples(self) -> int:
         """How many samples it says that it takes."""
-        return max((v for name in COUNTS if isinstance(v := getattr(self.method, name, None), int)), default=1)
+        return max((v for name in fields.COUNTS if isinstance(v := getattr(self.method, name, None), int)), default=1)
 
 
 @functools.cache
@@ -63,30 +58,21 @@ def found() -> Mapping[str, registry.Method]:
 def names_one(text: str) -> bool:
     """Whether ``text`` begins with the name of a method, as ``choose`` reads it."""
     name = re.split("[:@]", text)[0]
-    return name in found() or name in ALIASES or name in PLAIN or re.match(SHORT, text) is not None
+    return name in found() or name in fields.ALIASES or name in PLAIN or re.match(fields.SHORT, text) is not None
 
 
 def choose(text: str, settings: Mapping[str, Any] | None = None) -> Choice:
     """The method that ``text`` names, with fields of its own and of ``settings``; ThriftyError with what is wrong."""
     name, inside = fields.split(text)
     values: dict[str, Any] = {**inside, **(settings or {})}
-    if match := re.fullmatch(SHORT, name):
-        name, values = "short-m-at-k", {"m": match[1], "k": match[2], **values}
-    name, at, count = name.partition("@")
     if name in PLAIN:
         return Choice("none")
-    name = ALIASES.get(name, name)
     if name not in found():
-        near = registry.did_you_mean(name[:80], [*found(), *ALIASES])
+        near = registry.did_you_mean(name[:80], [*found(), *fields.ALIASES])
         raise ThriftyError(f"no strategy {name[:80]!r}.{near} There are: {', '.join(found())}.")
     method = found()[name]
     cls = registry.method_class(method)
-    if at:
-        field_name = next((f for f in COUNTS if f in getattr(cls, "__dataclass_fields__", {})), None)
-        if field_name is None or not count.isdigit() or len(count) > 9:
-            raise ThriftyError(f"{name}@{count[:20]}: the number of samples goes behind @, where a strategy has one")
-        values[field_name] = int(count)
-    typed = fields.typed(cls, values)
+    typed = fields.typed(cls, values, name)
     for key, value in typed.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
