@@ -200,6 +200,14 @@ def test_a_plan_says_tokens_time_and_disk_and_writes_nothing(model: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_counts_the_weights_of_a_model_that_is_trained_as_a_whole(tmp_path: Path) -> None:
+    def megabytes(*words: str) -> int:
+        result = thrifty("run", "sft", "--model", "long", "--runs", tmp_path, *SMALL, "--plan", *words)
+        return int(result.output.split("disk about ")[1].split()[0])
+
+    assert megabytes("--hook", "hft") > megabytes() + 5
+
+
 STUDENT = ("--model", "long", "--n", "8", "--train-n", "24", "--steps", "3", "--batch-size", "16")
 
 

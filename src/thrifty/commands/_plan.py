@@ -18,7 +18,11 @@ PROBE = 32
 
 
 def estimate(lab: Lab, method: Any) -> str:
-    """Sample ``PROBE`` problems and time them; count what ``method.passes`` says the run will do."""
+    """Sample ``PROBE`` problems and time them; count what ``method.passes`` says the run will do.
+
+    That is chains ``sampled`` and ``trained`` on; and, where a run keeps more than adapters, how many times the model's
+    ``whole`` weights go to disk.
+    """
     if not hasattr(method, "passes"):
         raise ThriftyError(f"{type(method).__name__} has no passes(n), so nothing can be said of its cost")
     loaded = lab.loaded()
@@ -43,7 +47,7 @@ def estimate(lab: Lab, method: Any) -> str:
     # A backward pass costs twice a forward one.
     minutes = (sampled / rate + 3 * trained * per_position) / 60
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    disk = passes["sampled"] * (6 * made + 400) + 0.2 * weights
+    disk = passes["sampled"] * (6 * made + 400) + (0.2 + passes.get("whole", 0)) * weights
     return "\n".join(
         (
             f"probe: {len(outcomes)} problems, {prompt:.0f} prompt and {made:.0f} generated tokens each, "

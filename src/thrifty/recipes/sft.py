@@ -74,7 +74,9 @@ class SFT(LoraRecipe):
         """Chains sampled and trained on, for ``--plan``; a selector's own samples are not foreseen."""
         own = self.train_n * self.samples * (self.chains_from == "own")
         each = self.samples if self._compares else 1
-        return {"sampled": own + 2 * n, "trained": self.steps * self.train_batch_size * each}
+        trained = self.steps * self.train_batch_size * each
+        # with a hook: the model, and two checkpoints with up to two moments of each weight
+        return {"sampled": own + 2 * n, "trained": trained, "whole": 7 if self.hook else 0}
 
     def run(self, lab: Lab) -> Report:
         self.check(lab)
