@@ -426,12 +426,15 @@ def test_the_command_runs_what_is_missing_with_the_controls_it_needs(project, mo
     evidence.code_hash.cache_clear()
     method = registry.find("surest")
     monkeypatch.setattr(registry, "methods", lambda: {"surest": method})
+    planned = CliRunner().invoke(main, ["--all", "--plan"]).output
+    assert planned.split()[:5] == ["surest", "to", "run", "never", "ran"]
     first = CliRunner().invoke(main, ["--all", "--json"])
     assert first.exit_code == 0, first.output
     runs = evidence.read(Path("results/surest.jsonl"))
     assert [(r["control"], r["verdict"] == "shown") for r in runs] == [(None, True), ("placebo", False)]
     assert CliRunner().invoke(main, ["--all"]).exit_code == 0
     assert len(evidence.read(Path("results/surest.jsonl"))) == 2
+    assert CliRunner().invoke(main, ["--all", "--plan"]).output.split()[:2] == ["surest", "done"]
     smoke = CliRunner().invoke(main, ["surest", "--scale", "smoke"])
     assert "no verdict" in smoke.output
 

@@ -35,12 +35,13 @@ _Done = tuple[registry.Method, dict[str, Any] | None, Exception | None]
     type=click.Path(path_type=Path),
     help="Where results stand.  [default: with the package; for your own methods ./results]",
 )
+@click.option("--plan", is_flag=True, help="Say what is left to run, and how long it took the last time; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records.")
 @_options.ray("claims (with --all; of one claim its problems)")
 @click.pass_context
 def main(
     ctx: click.Context, key: str | None, everything: bool, scale: str, control: str | None, repeat: int, dev: bool,
-    cache: Path, results: Path | None, as_json: bool,
+    cache: Path, results: Path | None, plan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run the claim that KEY registers: the paper's comparison in small, with intervals and a verdict.
 
@@ -58,6 +59,9 @@ def main(
         path = (results or evidence.results_folder(method.path)) / f"{method.key}.jsonl"
         left = _left(method, path, scale, which, repeat, asked=not everything)
         runs.append(_Runs(f"[{number}/{len(found)}]", method, path, left))
+    if plan:
+        _plan(runs, scale)
+        return
     executor = spread.executor() if everything else None
     failed = []
     done = _here(runs, scale, dev, cache, as_json) if executor is None else _away(executor, runs, scale, dev, cache)
@@ -91,6 +95,21 @@ def _left(
         if not _needless(method, path, scale, control, asked=asked and control == controls[0]):
             for stream in range(1, 1 + (repeat if control == "aa" else 1)):
                 yield control, stream
+
+
+def _plan(runs: Sequence[_Runs], scale: str) -> None:
+    """Print, per claim, whether anything is left to run, and what it and its controls took when they last ran."""
+    every, open_ = 0.0, 0.0
+    for claim in runs:
+        took = {r["control"]: r["seconds"] for r in evidence.read(claim.path) if r["scale"] == scale}
+        seconds = sum(took.get(control, 0.0) for control in (None, "placebo", "oracle"))
+        left = next(claim.left, None) is not None
+        every, open_ = every + seconds, open_ + seconds * left
+        last = f"{seconds / 60:5.0f} min" if took else "never ran"
+        click.echo(f"{claim.method.key:24} {'to run' if left else 'done':7} {last}")
+    click.echo(
+        f"one after the other: {every / 3600:.1f} h for all, {open_ / 3600:.1f} h for what is left and ran before"
+    )
 
 
 def _here(runs: Sequence[_Runs], scale: str, dev: bool, cache: Path, quiet: bool) -> Iterator[_Done]:
