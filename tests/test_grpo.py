@@ -141,7 +141,7 @@ lab = Lab(Path("cut"), {model!r}, tasks.load("roll"), batch_size=16)
     ("words", "told"),
     [
         (("--reward", "clipped"), "--reward is clipped, of family tune.objective: give one of tune.reward"),
-        (("--reward", "pear:b=1"), "Pear has no field 'b'"),
+        (("--reward", "pear:b=1"), "pear has no field 'b'"),
         (("--objective", "right"), "--objective is right, of family tune.reward: give one of tune.objective"),
         (("--objective", "nll"), "nll is trained on given documents"),
         (("--objective", "dpo:beta=.2"), "dpo is trained on given documents"),

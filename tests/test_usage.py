@@ -177,7 +177,7 @@ def test_what_cannot_be_decoded_is_refused_with_a_remedy(model, tmp_path):
     output = refused(*measure, "--strategy", "single-pass", "--strategy", "best-of-n:n=2")
     assert "best-of-n:n=2 asks for logprobs" in output
     assert "without --decoder" in output
-    assert "thrifty list --family decode.accelerate" in refused(*measure[:-1], "compeft")
+    assert "give one of decode.accelerate (lookahead-trie)" in refused(*measure[:-1], "compeft")
     assert "no field 'node'" in refused(*measure[:-1], "lookahead-trie:node=4")
     assert not list(tmp_path.iterdir()), "refused before any work"
 

@@ -76,7 +76,7 @@ class SFT(LoraRecipe):
         each = self.samples if self._compares else 1
         trained = self.steps * self.train_batch_size * each
         # with a hook: the model, and two checkpoints with up to two moments of each weight
-        return {"sampled": own + 2 * n, "trained": trained, "whole": 7 if self.hook else 0}
+        return {"sampled": own + 2 * n, "trained": trained} | ({"whole": 7} if self.hook else {})
 
     def run(self, lab: Lab) -> Report:
         self.check(lab)
