@@ -24,6 +24,15 @@ def test_a_method_is_a_part_of_another():
     assert fields.made("best-of-n:verifier=none", "solve").verifier is None
 
 
+def test_a_folder_is_no_method_unless_it_is_only_called_like_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ssf", "adapter"):
+        (tmp_path / name).mkdir()
+    assert fields.part("--adapter", "ssf", "tune.adapter", "attach") == registry.load("ssf")()
+    with pytest.raises(ThriftyError, match="adapter is a folder: give the key"):
+        fields.part("--adapter", "adapter", "tune.adapter", "attach")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -90,7 +90,7 @@ def made(text: str, verb: str) -> Any:
 
 def part(option: str, text: str, family: str, verb: str) -> Any:
     """As ``made``, the method of ``family`` that ``option`` is given; ThriftyError for one of another family."""
-    if Path(text).is_dir():
+    if split(text)[0] not in registry.methods() and Path(text).is_dir():
         raise ThriftyError(f"{option} {text} is a folder: give the key of a method of family {family}")
     found = registry.find(split(text)[0])
     if found.family != family:

@@ -101,7 +101,8 @@ def _plan(runs: Sequence[_Runs], scale: str) -> None:
     """Print, per claim, whether anything is left to run, and what it and its controls took when they last ran."""
     every, open_ = 0.0, 0.0
     for claim in runs:
-        took = {r["control"]: r["seconds"] for r in evidence.read(claim.path) if r["scale"] == scale}
+        ended = [r for r in evidence.read(claim.path) if r["scale"] == scale and not r.get("error")]
+        took = {r["control"]: r["seconds"] for r in ended}
         seconds = sum(took.get(control, 0.0) for control in (None, "placebo", "oracle"))
         left = next(claim.left, None) is not None
         every, open_ = every + seconds, open_ + seconds * left

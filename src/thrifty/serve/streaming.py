@@ -93,9 +93,14 @@ class Splitter:
 
     def end(self, final: Mapping[str, str]) -> list[tuple[str, str]]:
         """What is still to be sent, of the whole text of each field."""
-        if self.sent.get("content") and not self.sent.get("reasoning_content") and final.get("reasoning_content"):
+        if self._begun and final.get("reasoning_content"):
             final = {"content": f"{final['reasoning_content']}{self.GAP}{final['content']}"}
         return [piece for name, whole in final.items() if (piece := self._new(name, whole))]
+
+    @property
+    def _begun(self) -> bool:
+        """Whether content was sent, and no chain before it."""
+        return bool(self.sent.get("content")) and not self.sent.get("reasoning_content")
 
     def _new(self, name: str, text: str) -> tuple[str, str] | None:
         sent = self.sent.get(name, "")
@@ -113,7 +118,7 @@ class Splitter:
         if closing:
             thought = thought.replace(chat.open, "", 1).strip()
             response = self._held(response.lstrip(), self.stops).rstrip()
-            if self.sent.get("content") and not self.sent.get("reasoning_content"):
+            if self._begun:
                 return [("content", f"{thought}{self.GAP}{response}" if response else thought)]
             return [("reasoning_content", thought), ("content", response)]
         if chat.prefilled or inside.startswith(chat.open):
