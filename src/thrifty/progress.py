@@ -36,10 +36,10 @@ class _Lines:
 
 
 class Progress:
-    """Says what is going on, on standard error."""
+    """Says what is going on, on standard error. Without ``bars`` for one of several processes at a terminal."""
 
-    def __init__(self, quiet: bool = False):
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, bars: bool = True):
+        self.quiet, self.bars = quiet, bars and not quiet
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -47,7 +47,7 @@ class Progress:
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
-        if self.quiet:
+        if not self.bars:
             yield _Silent()
         elif not sys.stderr.isatty():
             yield _Lines(label, total)

@@ -37,11 +37,14 @@ _Done = tuple[registry.Method, dict[str, Any] | None, Exception | None]
 )
 @click.option("--plan", is_flag=True, help="Say what is left to run, and how long it took the last time; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records.")
+@click.option(
+    "--workers", default=1, type=click.IntRange(1), help="With --all: claims at a time, each on its share of the cores."
+)
 @_options.ray("claims (with --all; of one claim its problems)")
 @click.pass_context
 def main(
     ctx: click.Context, key: str | None, everything: bool, scale: str, control: str | None, repeat: int, dev: bool,
-    cache: Path, results: Path | None, plan: bool, as_json: bool,
+    cache: Path, results: Path | None, plan: bool, as_json: bool, workers: int,
 ) -> None:  # fmt: skip
     """Run the claim that KEY registers: the paper's comparison in small, with intervals and a verdict.
 
@@ -62,6 +65,10 @@ def main(
     if plan:
         _plan(runs, scale)
         return
+    if workers > 1:
+        if not everything or spread.executor() is not None:
+            raise ThriftyError("--workers goes with --all, and without --ray, whose cluster has workers of its own")
+        ctx.with_resource(spread.on(ctx.with_resource(spread.processes(workers))))
     executor = spread.executor() if everything else None
     failed = []
     done = _here(runs, scale, dev, cache, as_json) if executor is None else _away(executor, runs, scale, dev, cache)
@@ -173,7 +180,7 @@ def _claim(
     why = None
     with spread.inside(folder), tempfile.TemporaryDirectory() as own:
         try:
-            reproduce(method, scale, control, dev, cache, Path(own), Progress(quiet=True), stream)
+            reproduce(method, scale, control, dev, cache, Path(own), Progress(bars=False), stream)
         except Exception as error:
             why = str(error) or type(error).__name__
         return evidence.read(Path(own) / f"{method.key}.jsonl"), why

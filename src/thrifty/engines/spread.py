@@ -4,7 +4,7 @@ Whoever works only computes. The process that was started collects what comes ba
 its name, by rename, as it does alone. Random streams follow from problem, path and seed, so outcomes are those of one
 process (in fp32, up to near-ties).
 
->>> with on(ProcessPoolExecutor(4)):                                                         # doctest: +SKIP
+>>> with on(processes(4)):                                                                   # doctest: +SKIP
 ...     lab.solve("long", SinglePass(), problems)
 """
 
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextvars import ContextVar
 from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,22 @@ def inside(folder: Path) -> Iterator[None]:
         raise ThriftyError(f"a worker has no folder {folder}: it must stand at the same place on every node")
     with contextlib.chdir(folder), on(None):
         yield
+
+
+def processes(n: int) -> Executor:
+    """``n`` processes of this machine, each with its share of the cores. They end with the one that started them."""
+    threads = max(1, (os.cpu_count() or 1) // n)
+    return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _started, (threads,))
+
+
+def _started(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # One that waits for work would outlive a parent that was killed: both hold the same end of its queue.
+    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 class _Kept(threading.local):

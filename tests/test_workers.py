@@ -1,0 +1,117 @@
+"""``thrifty reproduce --all --workers``: processes of this machine, which end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from thrifty import evidence
+from thrifty.cli import app
+
+METHOD = '''"""A strategy whose claim meets the other one's. Paper: (0000.00000)."""
+import os, time
+from dataclasses import dataclass, field
+from pathlib import Path
+from thrifty.contracts import Card, Sample
+
+CARD = Card(key="KEY", title="KEY", arxiv="0000.00000", year=2026, saves=("tokens",))
+CLAIM = {
+    "says": "It waits.",
+    "parts": [{"name": "accuracy", "test": "superior", "smallest": 0.1}],
+    "comparator": {"pick": "other"},
+    "tasks": ["roll"],
+    "n": 2,
+    "student": None,
+    "unit": "training",
+}
+
+@dataclass(frozen=True)
+class Waits:
+    pick: str = field(default="this", metadata={"help": "which"})
+
+    def solve(self, problem, rng):
+        [trace] = yield Sample(problem.prompt)
+        return trace
+
+def claim(trial):
+    Path("KEY.pid").write_text(str(os.getpid()))
+    while not (Path("OTHER.pid").exists() and Path("go").exists()):
+        time.sleep(0.05)
+    return {"accuracy": [1.0 if trial.arm == "method" else 0.0]}
+'''
+RUN = """
+from thrifty import registry
+from thrifty.cli import app
+
+if __name__ == "__main__":
+    methods = {key: registry.find(key) for key in ("one", "two")}
+    registry.methods = lambda: methods
+    app("reproduce --all --scale smoke --results results --workers 2".split(), prog_name="thrifty")
+"""
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> subprocess.Popen[str]:
+    """Two claims that run at once: each waits for the other, and for a file ``go``."""
+    folder = tmp_path / "methods" / "solve.search"
+    folder.mkdir(parents=True)
+    for key, other in (("one", "two"), ("two", "one")):
+        (folder / f"{key}.py").write_text(METHOD.replace("KEY", key).replace("OTHER", other))
+    (tmp_path / "run.py").write_text(RUN)
+    process = subprocess.Popen(
+        [sys.executable, "run.py"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    _until(lambda: all((tmp_path / f"{key}.pid").exists() for key in ("one", "two")) or process.poll() is not None)
+    return process
+
+
+def test_two_claims_run_at_once_and_are_recorded_once(started, tmp_path):
+    (tmp_path / "go").touch()
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
+    assert "one, method, unit 0" in err
+    assert "no verdict at this scale" in out
+    for key in ("one", "two"):
+        [record] = evidence.read(tmp_path / "results" / f"{key}.jsonl")
+        assert record["units"][0]["method"]["accuracy"]["mean"] == 1
+    assert len({(tmp_path / f"{key}.pid").read_text() for key in ("one", "two")}) == 2
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_what_started_them(started, tmp_path, end):
+    pids = [int((tmp_path / f"{key}.pid").read_text()) for key in ("one", "two")]
+    if end == signal.SIGINT:  # as a terminal sends it: to all of them
+        for pid in pids:
+            os.kill(pid, end)
+    started.send_signal(end)
+    started.communicate(timeout=60)
+    _until(lambda: not any(_runs(pid) for pid in pids))
+    assert not any(_runs(pid) for pid in pids)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("words", [["trimr", "--workers", "2"], ["--all", "--workers", "0"]])
+def test_workers_that_make_no_sense_are_refused(words):
+    done = CliRunner().invoke(app, ["reproduce", *words])
+    assert done.exit_code == 2
+    assert "--workers" in done.output
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:1]
+    except OSError:
+        return False
+
+
+def _until(done, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.05)
