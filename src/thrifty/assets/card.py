@@ -54,10 +54,20 @@ NOTES = """## What the recipe rests on
 - *Still open*: search stays below half, string_synthesis between a third and two thirds; chain_sum is not learnt.
 - *Plain chains of string rules* apply a rule up to three times a line. A line per rule, however often it applies, was
   right for *long* at 57 to 65 %; three at once are at 85 to 93 % after the last stage, at a third of the long chain.
-- *Stages.* Per seed `--which trunk`, `think`, `long`, and `short` and `base` from the trunk, as in `students.py`. Three
-  departures: the trunks were trained when a heavy slot of roll still held two operations (so `mixed` does not know
-  three) and a plain line of a string rule applied it as often as it went, and seed 2 had 13 million tokens of trunk and
-  2.57 of a cosine of 3.5 of `think`.
+- *Stages.* Per seed `--which trunk` (exported, it is `mixed`) and `think`, then `long`, `tail`, `short` and `base`. All
+  but the first two are trained by the recipe as it is. Trunk and think are older: a heavy slot of roll still held two
+  operations (so `mixed` does not know three), and a plain line of a string rule applied it as often as it went. In a checkout
+  of the commit that trained them, and from the run before, each stage prints its first loss again:
+
+  | stage | commit | first loss, seeds 0, 1, 2 |
+  |---|---|---|
+  | trunk; seed 2 `--tokens 13` | e302081 | 4.7853 / 4.7322 / 4.8106 |
+  | think, seeds 0 and 1, there called `long` | e302081 | 0.3397 / 0.3098 |
+  | think, seed 2 `--tokens 3.5`, taken at its checkpoint at 2.5 million | 3e99bdb | 0.4678 |
+  | long | as it is | 0.3111 / 0.3185 / 0.2215 |
+  | tail | as it is | 0.5363 / 0.5788 / 0.4351 |
+  | short | as it is | 1.4467 / 1.3605 / 1.2609 |
+  | base | as it is | 2.2297 / 2.4814 / 2.5214 |
 """
 
 
