@@ -56,8 +56,8 @@ NOTES = """## What the recipe rests on
   right for *long* at 57 to 65 %; three at once are at 85 to 93 % after the last stage, at a third of the long chain.
 - *Stages.* Per seed `--which trunk` (exported, it is `mixed`) and `think`, then `long`, `tail`, `short` and `base`. All
   but the first two are trained by the recipe as it is. Trunk and think are older: a heavy slot of roll still held two
-  operations (so `mixed` does not know three), and a plain line of a string rule applied it as often as it went. In a checkout
-  of the commit that trained them, and from the run before, each stage prints its first loss again:
+  operations (so `mixed` does not know three), and a plain line of a string rule applied it as often as it went. In a
+  checkout of the commit that trained them, and from the run before, each stage prints its first loss again:
 
   | stage | commit | first loss, seeds 0, 1, 2 |
   |---|---|---|
