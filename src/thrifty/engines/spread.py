@@ -4,7 +4,7 @@ Whoever works only computes. The process that was started collects what comes ba
 its name, by rename, as it does alone. Random streams follow from problem, path and seed, so outcomes are those of one
 process (in fp32, up to near-ties).
 
->>> with on(processes(4)):                                                                   # doctest: +SKIP
+>>> with processes(4) as pool, on(pool):                                                     # doctest: +SKIP
 ...     lab.solve("long", SinglePass(), problems)
 """
 
@@ -14,11 +14,13 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextvars import ContextVar
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -55,20 +57,24 @@ def inside(folder: Path) -> Iterator[None]:
         yield
 
 
-def processes(n: int) -> Executor:
-    """``n`` processes of this machine, each with its share of the cores. They end with the one that started them."""
-    threads = max(1, (os.cpu_count() or 1) // n)
-    return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _started, (threads,))
+@contextlib.contextmanager
+def processes(n: int) -> Iterator[Executor]:
+    """Inside, ``n`` processes of this machine, each with its share of the cores; ``on`` takes them.
+
+    They end with this block and with the process that began it, however that ends, in the middle of their work too.
+    """
+    threads, context = max(1, (os.cpu_count() or 1) // n), multiprocessing.get_context("spawn")
+    end, ours = context.Pipe(duplex=False)  # whoever waits at ``end`` is told once ours is closed, or this process dies
+    with ProcessPoolExecutor(n, context, _started, (threads, end)) as pool, ours:
+        yield pool
 
 
-def _started(threads: int) -> None:
+def _started(threads: int, end: Connection) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # One that waits for work would outlive a parent that was killed: both hold the same end of its queue.
-    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started them
+    threading.Thread(target=lambda: (wait_for([end]), os._exit(1)), daemon=True).start()
 
 
 class _Kept(threading.local):
