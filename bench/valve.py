@@ -82,6 +82,7 @@ def told(v: Mapping[str, Any]) -> str:
 
 def thrifty(command: str, name: str, runs: Path, *options: str) -> Path:
     """A command of thrifty that leaves a run folder, resumed where it was cut off; the folder."""
+    name = re.sub("[:?=]", "-", name).replace("+", "p")
     words = [sys.executable, "-m", "thrifty.cli", *command.split(), "--runs", str(runs), "--name", name, "--json"]
     subprocess.run([*words, *options], check=True, stdout=subprocess.DEVNULL)
     return runs / name
@@ -89,9 +90,8 @@ def thrifty(command: str, name: str, runs: Path, *options: str) -> Path:
 
 def run(model: str, task: str, tuning: str, n: int, runs: Path) -> Path:
     """One run of the recipe."""
-    name = re.sub("[:?=]", "-", f"{model}-{task}-{tuning}-{n}".replace("+", "p"))
     options = ["--model", model, "--task", task, "--tuning", tuning, "--n", str(n)]
-    return thrifty("run cot-valve", name, runs, *options, *OPTIONS.get(task, []))
+    return thrifty("run cot-valve", f"{model}-{task}-{tuning}-{n}", runs, *options, *OPTIONS.get(task, []))
 
 
 def again(folder: Path, model: str, task: str, n: int, samples: int) -> Iterator[Path]:
@@ -108,7 +108,7 @@ def again(folder: Path, model: str, task: str, n: int, samples: int) -> Iterator
             valve += ["--alpha", str(alpha)]
     options = ["--task", task, "--n", str(n), "--seed"]
     for seed in map(str, range(1, samples + 1)):
-        name = f"{folder.name}-{task}-{seed}".replace(":", "-")
+        name = f"{folder.name}-{task}-{seed}"
         yield thrifty("measure", name, folder.parent, *options, seed, *valve)
         yield thrifty("measure", f"{name}-short", folder.parent, *options, seed, "--model", short)
 

@@ -91,7 +91,8 @@ def test_workers_end_with_what_started_them(started, tmp_path, end):
         for pid in pids:
             os.kill(pid, end)
     started.send_signal(end)
-    started.communicate(timeout=60)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == (130 if end == signal.SIGINT else -end), err
     _until(lambda: not any(_runs(pid) for pid in pids))
     assert not any(_runs(pid) for pid in pids)
     assert not (tmp_path / "results").exists()

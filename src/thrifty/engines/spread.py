@@ -63,16 +63,16 @@ def processes(n: int) -> Iterator[Executor]:
 
     They end with this block and with the process that began it, however that ends, in the middle of their work too.
     """
-    threads, context = max(1, (os.cpu_count() or 1) // n), multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     end, ours = context.Pipe(duplex=False)  # whoever waits at ``end`` is told once ours is closed, or this process dies
-    with ProcessPoolExecutor(n, context, _started, (threads, end)) as pool, ours:
+    with ProcessPoolExecutor(n, context, _started, (n, end)) as pool, ours:
         yield pool
 
 
-def _started(threads: int, end: Connection) -> None:
+def _started(n: int, end: Connection) -> None:
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, torch.get_num_threads() // n))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started them
     threading.Thread(target=lambda: (wait_for([end]), os._exit(1)), daemon=True).start()
 
