@@ -90,7 +90,8 @@ def _record(key: str, saved: float, lost: float, gate: float, control: str | Non
             for arm, trained in (("method", 1e4 * (1 + seed % 5)), ("comparator", 7e5))
         },
         "notes": {"method: odd": [1.0] * 3},
-        "picks": {},
+        "picks": {"method": {"lr": 0.01}, "comparator": {"lr": 0.003}},
+        "tuning": {"comparator": [[{"lr": 0.003}, 0.5], [{"lr": 0.01}, 0.25]]},
         "verdict": verdict if scale in ("tiny", "gpu", "dev") else None,
         "why": why,
         "parts": [{**vars(p), "effect": {**vars(p.effect), "units": list(p.effect.units)}} for p in parts],

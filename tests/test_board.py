@@ -286,6 +286,7 @@ def test_the_board_in_a_browser(page):
             "a vote helps",
             "crashed",
             "the bank has 50 problems",
+            "comparator: lr 0.003 (0.003: 0.5",
             "thrifty reproduce",
         ):
             assert words in tab.text_content("#method"), words

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from thrifty import controls, evidence, registry
 from thrifty.claims import decide, judge, reproduce
-from thrifty.commands.reproduce import main
+from thrifty.commands.reproduce import main, told
 from thrifty.contracts import Chain, Context, Grade, Group, Outcome, Problem, ThriftyError, Trace, Usage
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
@@ -414,11 +414,25 @@ def test_a_family_without_a_placebo_makes_claims_register_one(project, monkeypat
 
 
 def test_a_grid_is_tuned_for_both_arms_on_development_problems(project):
-    text = project.read_text().replace('    "unit"', '    "grid": {"k": [1, 4]},\n    "unit"')
+    text = project.read_text().replace('    "unit"', '    "grid": {"k": [1, 4, 9]},\n    "unit"')
     text = text.replace("trial.solve(trial.method,", 'trial.solve(replace(trial.method, k=trial.pick["k"]),')
     text = text.replace("n=4", "n=self.k").replace("    pick: str", "    k: int = 4\n    pick: str")
-    project.write_text(text.replace("import dataclass, field", "import dataclass, field, replace"))
-    assert run(project)["picks"]["method"] == {"k": 4}
+    text = text.replace("import dataclass, field", "import dataclass, field, replace")
+    fails = '    if trial.pick["k"] > LIMIT:\n        raise Diverged(float("nan"), 1.0, 3, 1.0, "f")\n'
+    text = text.replace("def claim(trial):\n", f"def claim(trial):\n{fails}")
+    text = text.replace("CARD =", "from thrifty.tune.supervised import Diverged\n\nCARD =")
+    project.write_text(text.replace("LIMIT", "4"))
+    record = run(project)
+    assert record["picks"]["method"] == {"k": 4}
+    [(one, low), (four, high), (nine, nothing)] = record["tuning"]["method"]
+    assert (one, four, nine, nothing) == ({"k": 1}, {"k": 4}, {"k": 9}, None)
+    assert low < high
+    assert evidence.tuned(record)["method"] == f"k 4 (1: {low:.4g}, 4: {high:.4g}, 9: diverged)"
+    project.write_text(text.replace("LIMIT", "4").replace("[1, 4, 9]", "[1, 4]"))
+    assert "tuned to k 4, the largest tried" in told(run(project))
+    project.write_text(text.replace("LIMIT", "0"))
+    with pytest.raises(ThriftyError, match="diverged at every point"):
+        run(project)
 
 
 def test_the_command_runs_what_is_missing_with_the_controls_it_needs(project, monkeypatch):

@@ -28,6 +28,7 @@ from thrifty.evidence import Claim, Part, digest
 from thrifty.measure import stats
 from thrifty.progress import Progress
 from thrifty.trial import Trial, fingerprint
+from thrifty.tune.supervised import Diverged
 
 ALPHA = 0.005
 """Two-sided level of a superior part; a non-inferior part is tested at 5 %, one-sided."""
@@ -168,7 +169,8 @@ class _Run:
     def everything(self) -> dict[str, Any]:
         """What goes into the record: units, gates, notes, parts and the verdict."""
         claim = self.claim
-        picks = {arm: self._tuned(arm) for arm in ("method", "comparator")} if claim.grid else {}
+        tuning = {arm: self._tuning(arm) for arm in ("method", "comparator")} if claim.grid else {}
+        picks = {arm: self._best(tried) for arm, tried in tuning.items()}
         more = claim.factor(self.scale, "seeds") if claim.unit == "training" else 1
         effects: dict[str, list[Any]] = {p.name: [] for p in claim.parts}
         strata, units = [], []
@@ -195,6 +197,7 @@ class _Run:
             "gates": self.gates,
             "notes": self.notes,
             "picks": picks,
+            "tuning": tuning,
             "verdict": None,
         }
         if self.scale == "smoke":
@@ -230,14 +233,27 @@ class _Run:
         about = {"student": student, "seed": trial.seed, "problems": digest(trial.own), "figures": trial.figures}
         return {**got, "strata": trial.strata, **about}
 
-    def _tuned(self, arm: str) -> dict[str, Any]:
-        """The best point of the grid by the first part, on development problems; both arms try as many."""
-        part, tried = self.claim.parts[0], []
+    def _tuning(self, arm: str) -> list[tuple[dict[str, Any], float | None]]:
+        """Every point of the grid, and the first part's mean there on development problems; both arms try as many.
+
+        None where training diverged.
+        """
+        part, tried = self.claim.parts[0], list[tuple[dict[str, Any], float | None]]()
         for point in itertools.product(*self.claim.grid.values()):
             pick = dict(zip(self.claim.grid, point))
-            value = float(np.mean(self._arm(arm, 0, tuning=True, pick=pick)[part.name]))
-            tried.append((value if part.better == "higher" else -value, pick))
-        return max(tried, key=lambda t: t[0])[1]
+            try:
+                tried.append((pick, float(np.mean(self._arm(arm, 0, tuning=True, pick=pick)[part.name]))))
+            except Diverged as error:
+                self.progress.say(str(error))
+                tried.append((pick, None))
+        return tried
+
+    def _best(self, tried: Sequence[tuple[dict[str, Any], float | None]]) -> dict[str, Any]:
+        sign = 1 if self.claim.parts[0].better == "higher" else -1
+        measured = [(sign * value, pick) for pick, value in tried if value is not None]
+        if not measured:
+            raise ThriftyError(f"{self.method.path}: training diverged at every point of the grid; give smaller rates")
+        return max(measured, key=lambda one: one[0])[1]
 
 
 def why_not(method: registry.Method, claim: Claim, control: str) -> str | None:

@@ -241,6 +241,27 @@ class Standing:
     """The confirm run that counts."""
 
 
+def tuned(run: Mapping[str, Any]) -> dict[str, str]:
+    """Per arm of a run: what it was tuned to, whether that is an end of the grid, and what each point gave."""
+    grid, found = (run.get("registered") or {}).get("grid") or {}, {}
+    for arm, pick in run.get("picks", {}).items():
+        settings = [f"{name} {value}{_end(value, grid.get(name, ()))}" for name, value in pick.items()]
+        tried = [
+            f"{' '.join(map(str, point.values()))}: {'diverged' if mean is None else f'{mean:.4g}'}"
+            for point, mean in run.get("tuning", {}).get(arm, ())
+        ]
+        found[arm] = ", ".join(settings) + (f" ({', '.join(tried)})" if tried else "")
+    return found
+
+
+def _end(value: Any, tried: Sequence[Any]) -> str:
+    """At an end of the grid a better value may lie beyond it."""
+    numbers = all(isinstance(v, int | float) for v in (value, *tried))
+    if len(tried) < 2 or not numbers or min(tried) < value < max(tried):
+        return ""
+    return f", the {'largest' if value == max(tried) else 'smallest'} tried"
+
+
 def counts(run: Mapping[str, Any]) -> bool:
     """Whether a run is registered: of a committed file, at scale tiny or gpu, and brought to its end."""
     return bool(run.get("commit")) and run.get("scale") in ("tiny", "gpu") and not run.get("error")

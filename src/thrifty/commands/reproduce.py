@@ -220,7 +220,7 @@ def told(record: dict[str, Any]) -> str:
         )
     lines += [f"  gate {name}: {', '.join(f'{v:.3g}' for v in values)}" for name, values in record["gates"].items()]
     lines += [f"  {name}: {', '.join(f'{v:.4g}' for v in values)}" for name, values in record["notes"].items()]
-    lines += [f"  {arm} tuned to {pick}" for arm, pick in record["picks"].items()]
+    lines += [f"  {arm} tuned to {text}" for arm, text in evidence.tuned(record).items()]
     verdict = record["verdict"] or "no verdict at this scale"
     lines.append(f"  {verdict}" + (f": {record['why']}" if record.get("why") else ""))
     if record["commit"] is None and record["scale"] in ("tiny", "gpu"):

@@ -49,9 +49,10 @@ CLAIM = {
     "seeds": 8,
     "unit": "training",
     "match": "questions and short chains; tokens processed in training, so that short-only takes more steps",
-    "grid": {"lr": [5e-4, 2e-3]},
+    "grid": {"lr": [5e-4, 2e-3, 8e-3]},
     "gates": {"accuracy of the student": [0.4, 0.995], "short chains alone lose": [0.05, None]},
     "placebo": {"teach": "mixed"},
+    "amendments": ["1: both arms took the larger of two rates, 2e-3; now up to 8e-3"],
 }
 STAGES = {"both": "c3ot", "short": "short-only", "mixed": "no-condition"}
 

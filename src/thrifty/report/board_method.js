@@ -107,13 +107,17 @@ function gatesOf(run, claim) {
 const notesOf = (run) => section("Secondary figures", paragraph("Printed without a verdict."),
   grid(["figure", "per unit"], Object.entries(run.notes).map(([name, values]) => [name, values.map(number).join(", ")])));
 
+function tunedTo(run) {
+  return run && run.tuned && Object.entries(run.tuned).map(([arm, text]) => `${arm}: ${text}`).join("; ");
+}
+
 function registeredOf(method, run, claim) {
   const control = (given, usual) => (typeof given === "string" ? given || usual : given && Object.keys(given).length ? settingsOf(given) : usual);
   const table = (given) => Object.entries(given || {}).map(([name, values]) => `${name}: ${values.map(written).join(", ")}`).join("; ");
   return section("What is registered", run && !run.registered ? paragraph("The claim was amended after the run that is drawn; this is the one of today.", "note") : null, facts([
     ["method", settingsOf(claim.settings)], ["comparator", claim.comparator ? settingsOf(claim.comparator) : "no method"], ["made equal", claim.match],
     ["tasks", (claim.tasks || []).join(", ")], ["levels", claim.levels && claim.levels.join(", ")], ["student", claim.student], ["problems per unit", number(claim.n)],
-    ["units", `${claim.seeds} ${claim.unit === "training" ? "training seeds" : "students"}`], ["tuned on development problems", table(claim.grid)],
+    ["units", `${claim.seeds} ${claim.unit === "training" ? "training seeds" : "students"}`], ["tuned on development problems", table(claim.grid)], ["tuned to", tunedTo(run)],
     ["placebo", control(claim.placebo, "the family's")], ["oracle", control(claim.oracle, "the family's")], ["amendments", (claim.amendments || []).join("; ")],
   ]));
 }
@@ -127,7 +131,7 @@ function runsOf(method) {
     const more = element("details", {}, element("summary", {}, run.error ? "what went wrong" : "settings, units, hashes"),
       run.error ? element("pre", {}, run.error) : null, run.why ? paragraph(run.why) : null,
       facts([["method", run.settings && settingsOf(run.settings.method)], ["comparator", run.settings && (run.settings.comparator ? settingsOf(run.settings.comparator) : "no method")],
-        ["tuned to", run.picks && Object.entries(run.picks).map(([arm, pick]) => `${arm}: ${settingsOf(pick)}`).join("; ")],
+        ["tuned to", tunedTo(run)],
         ["seeds", run.seeds ? run.seeds.map(written).join(", ") : "follow from claim and code hash"], ["problems", run.problems && run.problems.map(written).join(", ")],
         ...["claim", "code", "source", "lab", "commit"].map((name) => [name, run[name] ? element("code", {}, run[name]) : name === "commit" ? "none: the file was not committed as it was" : null]),
         ["stands in", element("code", {}, run.where)]]),

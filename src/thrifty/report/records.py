@@ -150,6 +150,22 @@ def _parts(value: Any) -> bool:
     )
 
 
+def _picks(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(pick, dict) for pick in value.values())
+
+
+def _registered(value: Any) -> bool:
+    grid = value.get("grid", {}) if isinstance(value, dict) else {} if value is None else None
+    return isinstance(grid, dict) and all(isinstance(values, list) for values in grid.values())
+
+
+def _tuning(value: Any) -> bool:
+    def point(got: Any) -> bool:
+        return isinstance(got, list) and len(got) == 2 and _picks({"": got[0]}) and (got[1] is None or _number(got[1]))
+
+    return isinstance(value, dict) and all(isinstance(t, list) and all(map(point, t)) for t in value.values())
+
+
 Check = Callable[[Any], bool]
 ALWAYS: dict[str, tuple[Check, str]] = {
     "key": (lambda v: _text(v) and re.fullmatch(r"[a-z0-9][a-z0-9-]*", v) is not None, "a method's key"),
@@ -182,6 +198,10 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
         raise ThriftyError(f"{where}: 'parts' must be a list of parts, each with its effect and interval")
     if not _figures(row.get("figures", {})):
         raise ThriftyError(f"{where}: 'figures' must be a list of figures by name, one per unit, for each arm")
+    if not _registered(row.get("registered")):
+        raise ThriftyError(f"{where}: 'registered' must be the claim that was run, its grid a list of values by name")
+    if not _picks(row.get("picks", {})) or not _tuning(row.get("tuning", {})):
+        raise ThriftyError(f"{where}: 'picks' and 'tuning' must be settings, and settings with what they gave, by arm")
     return row
 
 

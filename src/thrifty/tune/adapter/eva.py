@@ -150,8 +150,11 @@ CLAIM = {
     "n": 400,
     "seeds": 8,
     "unit": "training",
-    "grid": {"lr": [1e-3, 3e-3, 1e-2]},
+    "grid": {"lr": [3e-3, 1e-2, 3e-2, 1e-1]},
     "gates": {"the skill is new": [None, 0.05]},
+    "amendments": [
+        "1: both arms took the largest rate, 1e-2, at which the comparator learnt nothing in 150 steps; now up to 1e-1"
+    ],
 }
 
 

@@ -229,8 +229,9 @@ CLAIM = {
     "n": 400,
     "seeds": 5,
     "unit": "training",
-    "grid": {"lr": [3e-3, 1e-2, 3e-2]},
+    "grid": {"lr": [1e-2, 3e-2, 1e-1, 3e-1]},
     "gates": {"the skill is new": [None, 0.05]},
+    "amendments": ["1: both arms took the largest rate, 3e-2; now up to 3e-1"],
 }
 
 

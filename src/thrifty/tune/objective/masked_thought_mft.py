@@ -123,8 +123,9 @@ CLAIM = {
     "n": 400,
     "seeds": 8,
     "unit": "training",
-    "grid": {"lr": [3e-4, 1e-3, 3e-3]},
+    "grid": {"lr": [1e-3, 3e-3, 1e-2]},
     "gates": {"room above SFT": [0.02, 0.9], "the skill is new": [None, 0.05]},
+    "amendments": ["1: both arms took the largest rate, 3e-3; now up to 1e-2"],
 }
 
 

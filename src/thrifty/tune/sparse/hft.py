@@ -134,7 +134,7 @@ CLAIM = {
     "n": 400,
     "seeds": 8,
     "unit": "training",
-    "grid": {"lr": [3e-4, 1e-3, 3e-3]},
+    "grid": {"lr": [1e-3, 3e-3, 1e-2]},
     "gates": {
         "full fine-tuning learns": [0.3, None],  # else "as well" says nothing
         "full fine-tuning forgets": [0.15, None],
