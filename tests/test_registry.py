@@ -1,6 +1,7 @@
 """The registry finds methods by where they stand, and says what is wrong with those it cannot use."""
 
 import dataclasses
+import math
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from thrifty import registry
 from thrifty.contracts import FAMILIES, ThriftyError
-from thrifty.papers import markdown, papers
+from thrifty.papers import _asked, _effects, markdown, papers
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +66,27 @@ def test_the_mission_is_228_papers_with_plain_facts():
 
 def test_papers_md_is_up_to_date():
     assert (ROOT / "papers.md").read_text("utf-8") == markdown(), "run `make papers`"
+
+
+def test_evidence_is_told_as_ratios_and_differences_of_the_arms():
+    parts = [
+        {"name": "tokens", "test": "superior", "better": "lower", "on": "log ratio", "smallest": math.log(1.25)},
+        {"name": "accuracy", "test": "non-inferior", "margin": 0.03},
+        {"name": "error", "test": "superior", "better": "lower", "smallest": 0.01},
+    ]
+    halved = {"value": math.log(2), "low": math.log(1.25), "high": math.log(2.5)}
+    effects = (halved, {"value": -0.01, "low": -0.02, "high": 0.005}, {"value": 0.2, "low": 0.1, "high": 0.3})
+    run = {
+        "registered": {"parts": parts},
+        "parts": [{"name": p["name"], "effect": e} for p, e in zip(parts, effects)],
+    }
+    told = "tokens ×0.50 [×0.40, ×0.80]; accuracy -0.010 [-0.020, +0.005]; error -0.200 [-0.300, -0.100]"
+    assert _effects(run) == told
+    assert [_asked(part) for part in parts] == [
+        "tokens at most ×0.80",
+        "accuracy at least -0.030",
+        "error at most -0.010",
+    ]
 
 
 def test_papers_md_has_a_row_for_every_paper_and_a_working_link_for_every_built_one():
