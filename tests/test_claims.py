@@ -178,6 +178,8 @@ def test_one_student_that_says_no_keeps_a_claim_open():
     result = judge(UP, "student", effects, strata)
     assert result.effect.p < 0.001
     assert not result.held
+    assert result.needed is None, "more problems would not settle it"
+    assert "not on every student" in decide(claim_of(UP), [result], {})[1]
 
 
 def test_training_seeds_are_the_unit_where_arms_are_trained():

@@ -1,6 +1,7 @@
 """Drafts from a trie: the text stays that of plain decoding, in fewer forwards."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,25 @@ def test_branches_lie_in_a_tree_apart_or_alone():
     apart = parallel(tree, 4)
     assert (apart.tokens, apart.parents) == ([5, 6, 5, 7], [-1, 0, -1, 2])
     assert single(tree, 4).tokens == [5, 6]
+    assert single(tree, 1).tokens == [5]
+
+
+def test_one_branch_is_as_deep_as_the_memory_has_it_where_a_tree_of_so_many_nodes_would_cut_it():
+    memory = Trie()
+    for output, times in (([1, 2, 3, 4, 5], 3), ([1, 6, 7, 8, 9], 2), ([1, 2, 10, 11], 2)):
+        for _ in range(times):
+            memory.note(output)
+    decoder = LookaheadTrie(branch_length=4, nodes=4, suffix=1, memory=memory)
+    row = SimpleNamespace(context=np.zeros(1), max_tokens=99)
+    draft = lambda branches: replace(decoder, branches=branches)._draft(row, [1], memory.open([]))  # noqa: E731
+    # after 1: 2 five times, below it 3, 4, 5 three times and 10, 11 twice; 6, 7, 8, 9 twice
+    assert draft("single").tokens == [2, 3, 4, 5]
+    assert replace(decoder, nodes=3, branches="single")._draft(row, [1], memory.open([])).tokens == [2, 3, 4]
+    for _ in range(4):
+        memory.note([1, 6])  # 6 six times: the tree's best four are 6, 2, and 3 and 4 below 2; the branch is of 6
+    assert draft("hierarchical").tokens == [6, 2, 3, 4]
+    assert single(draft("hierarchical"), 4).tokens == [6], "cut out of the tree"
+    assert draft("single").tokens == [6, 7, 8, 9]
 
 
 # ------------------------------------------------------------------------------------------ the decoder

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import tiny
 from thrifty.contracts import ThriftyError
 from thrifty.tune import skill
 from thrifty.tune.batches import Example, bucketed, collate, packed
+from thrifty.tune.objective import aft_alignment
 from thrifty.tune.objective.aft_alignment import AFT, Candidate, Question, boundary, detached, unlimited
 from thrifty.tune.objective.masked_thought_mft import MaskedThought, Token
 from thrifty.tune.objective.nll import NLL
@@ -111,8 +113,9 @@ def test_another_spelling_is_one_to_one_and_shows_in_the_prompt():
     assert sorted(digits) == [str(digit) for digit in range(10)]
     labels = [skill.respelled(label) for label in "abcdefghij"]
     assert len(set(labels)) == 10
-    assert not set(labels) & set("abcdefghij")
-    assert skill.respelled("roll mod 10 . a 9") == "roll mod 70 . z 2", "words stay"
+    assert set(labels) == set("abcdefghij"), "tokens that the students were trained on"
+    assert labels[0] != "a", "the first operation shows the spelling"
+    assert skill.respelled("roll mod 10 . a 9") == "roll mod 70 . f 2", "words stay"
 
 
 def test_a_chain_is_exact_where_greedy_decoding_writes_it():
@@ -231,6 +234,41 @@ def test_documents_of_one_prompt_become_one_question():
     first, second, third = made[0].documents
     assert ([first.target_ids, second.target_ids, third.target_ids], first.first) == ([[4], [6], [3]], True)
     assert [isinstance(d, Candidate) and d.right for d in (first, second, third)] == [True, True, False]
+
+
+def test_dealt_labels_keep_the_chains_and_how_many_are_right_and_nothing_else():
+    documents = [
+        Example([prompt], [chain], weight=1.0 if chain < 20 else -1.0)
+        for prompt in range(200)
+        for chain in range(18, 22)
+    ]
+    dealt, again = AFT(labels="dealt").examples(documents), AFT(labels="dealt").examples(documents)
+    first = [[d.target_ids for d in question.documents] for question in dealt]
+    assert first == [[d.target_ids for d in question.documents] for question in again]
+    assert [len(question.wrong) for question in dealt] == [2] * 200
+    assert all(sorted(map(tuple, chains)) == [(18,), (19,), (20,), (21,)] for chains in first)
+    # 18 and 19 were right: by chance half of 200 references are of them, deviation 7
+    assert sum(question.target_ids in ([18], [19]) for question in dealt) == pytest.approx(100, abs=25)
+    with pytest.raises(ThriftyError, match="graded or dealt"):
+        AFT(labels="mixed").examples(documents)
+
+
+def test_the_gate_counts_pairs_in_which_a_wrong_chain_is_ahead():
+    class Constant(torch.nn.Module):
+        """Token 1 has log-probability -1, 2 has -2, and so on, up to what they all share."""
+
+        def forward(self, input_ids, **_):
+            return SimpleNamespace(logits=-torch.arange(10.0).expand(*input_ids.shape, 10))
+
+    asked = [
+        Question([9], [2], wrong=([1], [3])),  # ahead in one of two
+        Question([9], [1], right=([5],), wrong=([4],)),  # in one of two
+        Question([9], [1], wrong=([2],)),
+        Question([9], [4]),  # no pair: does not count
+    ]
+    assert aft_alignment._misjudged(Constant(), asked) == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert aft_alignment._misjudged(Constant(), asked, tokens=6) == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert aft_alignment._misjudged(Constant(), asked[3:]) == 0
 
 
 def test_what_is_no_question_and_limits_that_do_not_exist_are_refused():

@@ -16,7 +16,7 @@ from thrifty.models.load import wrap
 from thrifty.recipes.kimi_long2short import KimiLong2short, choose
 from thrifty.tune.adapter import lora
 from thrifty.tune.batches import Sampled, collate
-from thrifty.tune.credit import GroupRelative, centred, constant_length
+from thrifty.tune.credit import GroupRelative, centred, constant_length, normalised
 from thrifty.tune.objective.mirror_descent import MirrorDescent
 from thrifty.tune.reward.grpo_lambda import GrpoLambda
 from thrifty.tune.reward.pear import Pear, phases
@@ -73,10 +73,35 @@ def test_lambda_zero_is_grpo_and_one_is_the_penalty_everywhere():
 
 def test_the_choice_follows_the_groups_wherever_they_stand():
     more = [*STEP, group("easy too", [(True, 90), (True, 70)]), group("easy three", [(True, 90), (True, 70)])]
-    method = GrpoLambda(share=0.5)
-    forth, back = method.score(more, 0), method.score(more[::-1], 0)
-    assert forth == back[::-1]
-    assert forth[4] != [1.0, 1.0], "solved alike: the longer ones go first"
+    for step in range(9):
+        method = GrpoLambda(share=0.25)  # two of six, where three are solved
+        forth, back = method.score(more, step), method.score(more[::-1], step)
+        assert forth == back[::-1]
+
+
+def test_among_groups_solved_alike_length_does_not_decide_who_pays():
+    method = GrpoLambda(share=0.25)
+
+    def paying(lengths, step):
+        given = [group(f"p{i}", [(True, n), (True, n + 10)]) for i, n in enumerate(lengths)]
+        return [i for i, rewards in enumerate(method.score(given, step)) if rewards != [1.0, 1.0]]
+
+    lengths = [10, 20, 30, 40, 50, 60, 70, 80]
+    pay = [paying(lengths, step) for step in range(100)]
+    assert pay == [paying(lengths[::-1], step) for step in range(100)]
+    assert all(len(two) == 2 for two in pay)
+    # 200 draws of 0 to 7: mean 3.5, deviation of the mean at most 0.17
+    assert np.mean(pay) == pytest.approx(3.5, abs=0.5)
+    assert len({tuple(two) for two in pay}) > 20, "of 28 pairs: every step draws anew"
+
+
+def test_alpha_cancels_in_a_solved_group_and_not_in_another():
+    low, high = (
+        [normalised(np.array(one)) for one in GrpoLambda(share=1.0, alpha=alpha).score(STEP[:2], 0)]
+        for alpha in (0.2, 0.6)
+    )
+    np.testing.assert_allclose(low[0], high[0], rtol=0.01)
+    assert abs(low[1][0] - high[1][0]) > 0.1
 
 
 # -------------------------------------------------------------------------------------------------- pear

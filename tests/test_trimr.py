@@ -1,17 +1,20 @@
 """TrimR: a chain that has agreed with itself is told to conclude, one that finds no end is closed."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from thrifty.contracts import Budget, Problem
+from thrifty import assets
+from thrifty.contracts import END_OF_THOUGHT, Budget, Problem
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
-from thrifty.solve.search.trimr import TrimR
+from thrifty.models.load import load
+from thrifty.solve.search.trimr import CLAIM, TrimR
 
 torch.set_num_threads(1)
 PROBLEM = Problem("p", "7 + 3 ?", "10")
@@ -95,6 +98,21 @@ def test_a_loop_is_closed():
     assert "Enough" not in outcome.chosen.thought
     assert not method._loops(np.zeros(23, np.int32)), "23 tokens hold 8 in a row twice"
     assert method._loops(np.zeros(24, np.int32))
+
+
+def test_a_solution_written_again_is_a_loop_only_where_the_window_is_shorter():
+    solution = np.arange(40)
+    assert TrimR(repeat_tokens=32)._loops(np.tile(solution, 3)), "its first 32 tokens have come three times"
+    longer = TrimR(repeat_tokens=128)
+    assert not longer._loops(np.tile(solution, 11)), "128 tokens at 0, 160 and 320 take 448, and there are 440"
+    assert longer._loops(np.tile(solution, 12)), "but going on and on is one all the same"
+
+
+def test_what_concludes_a_chain_of_the_claim_are_the_tokens_that_its_student_writes():
+    chat = load(str(assets.find("tail-0"))).chat
+    encode = partial(chat.tokenizer.encode, add_special_tokens=False)
+    mild = str(CLAIM["settings"]["mild"]).replace(END_OF_THOUGHT, chat.close)
+    assert encode(mild) == [*encode(" ."), chat.close_id], "no space before the closing tag, as in a chain of its own"
 
 
 def test_chains_without_markers_are_left_alone():

@@ -45,8 +45,11 @@ class Result:
     effect: stats.Effect
     held: bool
     refuted: bool
-    needed: int
-    """Observations (problems of all students, or training seeds) that it would take if the effect is as measured."""
+    needed: int | None
+    """Observations (problems of all students, or training seeds) that it would take if the effect is as measured.
+
+    None where it holds on average and fails on a student, which more observations would not settle.
+    """
 
 
 def judge(part: Part, unit: str, effects: Sequence[Any], strata: Sequence[Any]) -> Result:
@@ -66,8 +69,9 @@ def judge(part: Part, unit: str, effects: Sequence[Any], strata: Sequence[Any]) 
         stats.observations_needed(e.sd, max(0.0, distance), level)
         for distance, level in ((e.value - null, alpha), (edge - e.value, 0.025))
     )
-    needed = max(min(to_hold, to_refute), e.n + 1)
-    return Result(part.name, e, e.p <= alpha and one_sign and not refuted, refuted, needed)
+    enough = e.p <= alpha and not refuted
+    needed = None if enough and not one_sign else max(min(to_hold, to_refute), e.n + 1)
+    return Result(part.name, e, enough and one_sign, refuted, needed)
 
 
 def decide(
@@ -81,10 +85,16 @@ def decide(
     told = {r.name: f"{r.name} {r.effect.value:+.3f} [{r.effect.low:+.3f}, {r.effect.high:+.3f}]" for r in results}
     if refuted := [told[r.name] for r in results if r.refuted]:
         return "refuted", "; ".join(refuted)
-    what = "training seeds" if claim.unit == "training" else "problems in all"
-    if undecided := [f"{told[r.name]} would take about {r.needed:,} {what}" for r in results if not r.held]:
+    if undecided := [f"{told[r.name]} {_open(claim, r)}" for r in results if not r.held]:
         return "inconclusive", "; ".join(undecided)
     return "shown", "; ".join(told.values())
+
+
+def _open(claim: Claim, result: Result) -> str:
+    """What it would take."""
+    if result.needed is None:
+        return f"holds on average, not on every student ({', '.join(f'{u:+.3f}' for u in result.effect.units)})"
+    return f"would take about {result.needed:,} {'training seeds' if claim.unit == 'training' else 'problems in all'}"
 
 
 def _gap(part: Part, new: Any, old: Any) -> Any:

@@ -205,6 +205,10 @@ def _needless(method: registry.Method, path: Path, scale: str, control: str | No
     )
 
 
+def _open(needed: int | None) -> str:
+    return "open: not on every student" if needed is None else f"open: about {needed:,}"
+
+
 def told(record: dict[str, Any]) -> str:
     """A record for people."""
     lines = [f"{record['key']} · {record['scale']}" + (f" · {record['control']}" if record["control"] else "")]
@@ -216,7 +220,7 @@ def told(record: dict[str, Any]) -> str:
         e = part["effect"]
         lines.append(
             f"  {part['name']:<12} effect {e['value']:+.4f}  95 % [{e['low']:+.4f}, {e['high']:+.4f}]  p {e['p']:.2g}  "
-            + ("held" if part["held"] else "refuted" if part["refuted"] else f"open: about {part['needed']:,}")
+            + ("held" if part["held"] else "refuted" if part["refuted"] else _open(part["needed"]))
         )
     lines += [f"  gate {name}: {', '.join(f'{v:.3g}' for v in values)}" for name, values in record["gates"].items()]
     lines += [f"  {name}: {', '.join(f'{v:.4g}' for v in values)}" for name, values in record["notes"].items()]

@@ -50,9 +50,12 @@ CLAIM = {
     "unit": "training",
     "match": "questions and short chains; tokens processed in training, so that short-only takes more steps",
     "grid": {"lr": [5e-4, 2e-3, 8e-3]},
-    "gates": {"accuracy of the student": [0.4, 0.995], "short chains alone lose": [0.05, None]},
+    "gates": {"accuracy of the student": [0.4, 0.995], "short chains alone lose": [0.05, 0.25]},
     "placebo": {"teach": "mixed"},
-    "amendments": ["1: both arms took the larger of two rates, 2e-3; now up to 8e-3"],
+    "amendments": [
+        "1: both arms took the larger of two rates, 2e-3, and short chains alone lost 30 to 43 points, more than any "
+        "way of training on them can make up; now up to 8e-3, and a gate of 25 points"
+    ],
 }
 STAGES = {"both": "c3ot", "short": "short-only", "mixed": "no-condition"}
 

@@ -72,7 +72,7 @@ function effectsOf(method, run, claim) {
       element("div", { class: "drawing" }, element("ul", {}, lines.map((line) => element("li", {}, line.name))), forest(lines, edge)),
       facts([["measured", told(e.value, registered, part.name)], ["95 % interval", interval(e, registered, part.name)], ["registered", bound],
         ["p, one-sided", e.p < 1e-4 ? "below 0.0001" : number(e.p)], ["observations", number(e.n)],
-        ["it would take", part.held || part.refuted || !part.needed ? null : `about ${number(part.needed)}`],
+        ["it would take", part.needed === null ? "more would not settle it: it holds on average, not on every student" : part.held || part.refuted || !part.needed ? null : `about ${number(part.needed)}`],
         ["so this part", part.held ? "holds" : part.refuted ? "is refuted" : "is undecided"]]));
   });
   const controls = Object.entries(method.controls).map(([name, control]) => [name,

@@ -1,7 +1,8 @@
 """A skill that no student has: the task's problems and plain chains in another spelling. For claims about training.
 
-Digits other than 0 are permuted and the labels of operations are other letters, so the arithmetic has to be learnt
-anew and a prompt shows which spelling it is in. A chain is right where greedy decoding writes exactly it, which one
+Digits other than 0 are permuted, so the arithmetic has to be learnt anew, and the labels of operations start at f, so a
+prompt shows which spelling it is in. Every token is one that the students were trained on: what freezes the embeddings
+could not learn to write another. A chain is right where greedy decoding writes exactly it, which one
 forward pass with the right tokens before each tells: that works for any adapter, folded or not.
 """
 
@@ -24,10 +25,12 @@ from thrifty.tune.batches import Example, bucketed, collate, examples
 from thrifty.tune.objective.nll import target_logits
 from thrifty.tune.supervised import Train, TrainResult
 
+OTHERS = "list+bool"
+"""Tasks that the mixed student has learnt beside the one that is spelt anew: what training on that may forget."""
 CONTROL = "plain"
 """Control word of the mixed student for one operation per line."""
 _DIGITS = str.maketrans("123456789", "794168352")
-_LABELS = dict(zip("abcdefghij", "zyxwvutsrq"))
+_LABELS = dict(zip("abcdefghij", "fghijabcde"))
 
 Learn = Callable[[Any, list[Example], Train, Path], tuple[Any, TrainResult]]
 """(model, documents, settings, folder) -> the trained model and how it went."""
@@ -37,7 +40,7 @@ def respelled(text: str) -> str:
     """The text in the other spelling.
 
     >>> respelled("roll mod 10 . a 9 . b +3 .")
-    'roll mod 70 . z 2 . y +4 .'
+    'roll mod 70 . f 2 . g +4 .'
     """
     return re.sub(r"(?<!\S)[a-j](?!\S)", lambda found: _LABELS[found.group()], text.translate(_DIGITS))
 
@@ -75,30 +78,33 @@ def learnt(
     """Train a fresh student on ``train_n`` chains of the skill and measure it on the trial's problems; cached.
 
     ``early`` is the mean training loss of the first third of the steps, ``loss`` and ``exact`` are per problem in the
-    new spelling, ``old`` and ``before`` per problem in the old one, after and before training; ``naive`` is the share
-    right in the new one before. ``inputs`` are what ``learn`` depends on beyond the trial's method.
+    new spelling, ``others`` and ``kept`` likewise of ``OTHERS``, and ``before`` is ``kept`` before training; ``naive``
+    is the share right in the new spelling before. ``inputs`` are what ``learn`` depends on beyond the trial's method.
     """
     settings = Train(steps=trial.scaled(steps), batch_size=batch_size, lr=lr, seed=trial.seed)
+    elsewhere = trial.problems(None, trial.n, OTHERS)
     practice, test = trial.problems("train", trial.scaled(train_n)), trial.problems()
 
     def make(folder: Path) -> None:
         loaded = load(trial.asset())
-        fresh, old = (examples(chains(test, spell), loaded.chat) for spell in (respelled, str))
-        before, naive = measured(loaded.model, old)[1], measured(loaded.model, fresh)[1]
+        fresh, others = (examples(c, loaded.chat) for c in (chains(test), chains(elsewhere, str)))
+        before, naive = measured(loaded.model, others)[1], measured(loaded.model, fresh)[1]
         documents = examples(chains(practice), loaded.chat)
         model, result = learn(loaded.model, documents, settings, folder / "run")
         loss, exact = measured(model, fresh)
+        nats, kept = measured(model, others)
         made = {
             "early": float(np.mean(result.losses[: max(1, len(result.losses) // 3)])),
             "loss": loss,
             "exact": exact,
-            "old": measured(model, old)[1],
+            "others": nats,
+            "kept": kept,
             "before": before,
             "naive": float(np.mean(naive)),
         }
         write_json(folder / "measured.json", made)
 
-    depends = [learn, trial.method, dataclasses.asdict(settings), practice, test, *inputs]
+    depends = [learn, trial.method, dataclasses.asdict(settings), practice, test, elsewhere, *inputs]
     folder = trial.once("skill", make, *depends)
     found: dict[str, Any] = json.loads((folder / "measured.json").read_text("utf-8"))
     trial.trained(folder / "run")

@@ -63,7 +63,9 @@ CLAIM = {
         "agreements": 2,
         "sentences": 1,
         "most": 200,
-        "mild": " . <|end of thought|>",
+        # Longer than any solution: one that is written again and again is for ``agreements`` to end.
+        "repeat_tokens": 128,
+        "mild": " .<|end of thought|>",
         "forced": "",
         "temperature": 0.0,
     },
@@ -80,6 +82,8 @@ CLAIM = {
         "1: on students that stop soon after their answer two alike cost 4.5 points and saved 5 %, and the oracle "
         "could not do better; now a student that goes on, the paper's three alike, and an effect worth having",
         "2: 1,200 problems were inconclusive, and about 1,550 would have been needed for an accuracy as measured",
+        "3: the text that concludes had a space token that no chain has, after which answers were miscopied, and 32 "
+        "tokens that came three times closed chains in the middle of a solution written again; now no space, and 128",
     ],
 }
 Verdict = Literal["none", "new", "same"]

@@ -49,8 +49,12 @@ CLAIM = {
     "n": 250,
     "seeds": 8,
     "unit": "training",
-    "grid": {"lr": [2e-3, 6e-3]},
+    "grid": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},
     "gates": {"the skill is new": [None, 0.25], "a random choice teaches some of it": [0.25, 0.9]},
+    "amendments": [
+        "1: a random choice taught too little, in a spelling with tokens that the student does not know and a LoRA "
+        "cannot learn; now in tokens that it knows; and both arms took an end of two rates; now four"
+    ],
 }
 
 
@@ -138,7 +142,7 @@ class _Samples:
 
 
 _DIGITS = str.maketrans("123456789", "794168352")
-_LABELS = dict(zip("abcdefghijk", "zyxwvutsrqp"))
+_LABELS = dict(zip("abcdefghijk", "fghijkabcde"))
 
 
 def _respelled(text: str) -> str:

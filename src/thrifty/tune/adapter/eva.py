@@ -153,7 +153,8 @@ CLAIM = {
     "grid": {"lr": [3e-3, 1e-2, 3e-2, 1e-1]},
     "gates": {"the skill is new": [None, 0.05]},
     "amendments": [
-        "1: both arms took the largest rate, 1e-2, at which the comparator learnt nothing in 150 steps; now up to 1e-1"
+        "1: both arms took the largest rate, 1e-2, and the skill was spelt in tokens that the student does not know, "
+        "so the comparator learnt nothing; now up to 1e-1 and in tokens that it knows"
     ],
 }
 

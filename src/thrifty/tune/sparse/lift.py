@@ -205,7 +205,7 @@ CLAIM = {
     "says": "Training the principal 5 % of the weights learns a new skill as well as training all, and forgets less.",
     "parts": [
         {"name": "accuracy", "test": "non-inferior", "margin": 0.05},
-        {"name": "retention", "test": "superior", "smallest": 0.05},
+        {"name": "others", "test": "superior", "better": "lower", "on": "log ratio", "smallest": 0.1},
     ],
     "settings": {"rank": 3, "filter_rank": 16, "every": 50},
     "comparator": None,
@@ -224,14 +224,15 @@ CLAIM = {
         "the skill is new": [None, 0.05],
     },
     "amendments": [
-        "1: the rates went up to 3e-3, the comparator's best, where 5 % of the weights learn nothing; on development "
-        "problems they do from 1e-2 on; now up to 3e-1"
+        "1: the rates went up to 3e-3, the comparator's best, where 5 % of the weights learn nothing: now up to 3e-1; "
+        "the skill was spelt in tokens that only the comparator, which trains the embeddings, could learn to write; "
+        "what is kept was right answers in the old spelling, of which nothing keeps any: now nats on two other tasks"
     ],
 }
 
 
 def claim(trial: Any) -> dict[str, Any]:
-    """Accuracy on a new spelling after 200 steps, and on the old one; the comparator trains all weights."""
+    """Accuracy on a new spelling after 200 steps, and nats per token of two other tasks, against all weights."""
 
     def learn(model: Any, documents: list[Any], settings: Train, folder: Path) -> tuple[Any, TrainResult]:
         hooks = [] if trial.method is None else [trial.method]
@@ -242,8 +243,8 @@ def claim(trial: Any) -> dict[str, Any]:
     if trial.method is not None:
         matrices = _matrices(load(trial.asset()).model)
         trial.figure("trained_parameters", sum(trial.method.trained(matrix) for matrix in matrices))
-    before, after = (sum(found[name]) / len(found[name]) for name in ("before", "old"))
+    before, after = (sum(found[name]) / len(found[name]) for name in ("before", "kept"))
     if trial.arm == "comparator":
         trial.gate("full fine-tuning learns", sum(found["exact"]) / len(found["exact"]))
         trial.gate("full fine-tuning forgets", before - after)
-    return {"accuracy": found["exact"], "retention": found["old"]}
+    return {"accuracy": found["exact"], "others": found["others"]}

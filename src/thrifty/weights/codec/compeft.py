@@ -205,6 +205,8 @@ def _bfloat16(value: float) -> bytes:
     return torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 
+RATE = 1e-2
+"""Of the LoRA that the claim compresses."""
 CLAIM = {
     "says": "A LoRA's update as signs of a few of its entries and one scale is as accurate as the update itself.",
     "parts": [{"name": "accuracy", "test": "non-inferior", "margin": 0.03}],
@@ -218,12 +220,16 @@ CLAIM = {
     "unit": "training",
     "grid": {"density": [0.1, 0.2, 0.3, 0.5], "alpha": [1.0, 2.0, 3.0]},
     "gates": {"the update matters": [0.3, None], "the skill is new": [None, 0.05]},
+    "amendments": [
+        "1: the skill was spelt in tokens that the student does not know, near-ties that any coding turns over; now in "
+        "tokens that it knows, and the LoRA's rate is 1e-2, at which it learns 80 % of development problems"
+    ],
 }
 
 
 def claim(trial: Any) -> dict[str, Any]:
     """Accuracy on a new spelling with a LoRA trained for 400 steps, dense (the comparator) or coded and decoded."""
-    settings = Train(steps=trial.scaled(400), batch_size=32, lr=3e-3, seed=trial.seed)
+    settings = Train(steps=trial.scaled(400), batch_size=32, lr=RATE, seed=trial.seed)
     practice = trial.problems("train", trial.scaled(2000))
 
     def make(folder: Path) -> None:
