@@ -431,7 +431,9 @@ def test_a_grid_is_tuned_for_both_arms_on_development_problems(project):
     assert low < high
     assert evidence.tuned(record)["method"] == f"k 4 (1: {low:.4g}, 4: {high:.4g}, 9: diverged)"
     project.write_text(text.replace("LIMIT", "4").replace("[1, 4, 9]", "[1, 4]"))
-    assert "tuned to k 4, the largest tried" in told(run(project))
+    record = run(project)
+    assert "method tuned to k 4, the largest tried" in told(record)
+    assert evidence.tuned(record)["comparator"] == "nothing: all points are alike"
     project.write_text(text.replace("LIMIT", "0"))
     with pytest.raises(ThriftyError, match="diverged at every point"):
         run(project)

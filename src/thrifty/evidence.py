@@ -245,10 +245,14 @@ def tuned(run: Mapping[str, Any]) -> dict[str, str]:
     """Per arm of a run: what it was tuned to, whether that is an end of the grid, and what each point gave."""
     grid, found = (run.get("registered") or {}).get("grid") or {}, {}
     for arm, pick in run.get("picks", {}).items():
+        points = run.get("tuning", {}).get(arm, ())
+        if len(points) > 1 and len({mean for _, mean in points}) == 1:
+            found[arm] = "nothing: all points are alike"
+            continue
         settings = [f"{name} {value}{_end(value, grid.get(name, ()))}" for name, value in pick.items()]
         tried = [
             f"{' '.join(map(str, point.values()))}: {'diverged' if mean is None else f'{mean:.4g}'}"
-            for point, mean in run.get("tuning", {}).get(arm, ())
+            for point, mean in points
         ]
         found[arm] = ", ".join(settings) + (f" ({', '.join(tried)})" if tried else "")
     return found
