@@ -420,7 +420,7 @@ def test_a_grid_is_tuned_for_both_arms_on_development_problems(project):
     text = text.replace("trial.solve(trial.method,", 'trial.solve(replace(trial.method, k=trial.pick["k"]),')
     text = text.replace("n=4", "n=self.k").replace("    pick: str", "    k: int = 4\n    pick: str")
     text = text.replace("import dataclass, field", "import dataclass, field, replace")
-    fails = '    if trial.pick["k"] > LIMIT:\n        raise Diverged(float("nan"), 1.0, 3, 1.0, "f")\n'
+    fails = '    if trial.pick["k"] > LIMIT:\n        raise Diverged("the loss is nan")\n'
     text = text.replace("def claim(trial):\n", f"def claim(trial):\n{fails}")
     text = text.replace("CARD =", "from thrifty.tune.supervised import Diverged\n\nCARD =")
     project.write_text(text.replace("LIMIT", "4"))

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from thrifty.contracts import ThriftyError
+from thrifty.tasks.spelling import respelled
 from thrifty.tune import skill
 from thrifty.tune.batches import Example, bucketed, collate, packed
 from thrifty.tune.objective import aft_alignment
@@ -108,14 +109,14 @@ def test_a_rate_that_is_no_share_is_refused():
 
 
 def test_another_spelling_is_one_to_one_and_shows_in_the_prompt():
-    digits = [skill.respelled(str(digit)) for digit in range(10)]
+    digits = [respelled(str(digit)) for digit in range(10)]
     assert digits[0] == "0", "numbers keep no leading zero"
     assert sorted(digits) == [str(digit) for digit in range(10)]
-    labels = [skill.respelled(label) for label in "abcdefghij"]
+    labels = [respelled(label) for label in "abcdefghij"]
     assert len(set(labels)) == 10
     assert set(labels) == set("abcdefghij"), "tokens that the students were trained on"
     assert labels[0] != "a", "the first operation shows the spelling"
-    assert skill.respelled("roll mod 10 . a 9") == "roll mod 70 . f 2", "words stay"
+    assert respelled("roll mod 10 . a 9") == "roll mod 70 . f 2", "words stay"
 
 
 def test_a_chain_is_exact_where_greedy_decoding_writes_it():

@@ -1,5 +1,6 @@
 """Rewards that pay for short or sure answers, and the objective of Kimi k1.5: against values worked out by hand."""
 
+import json
 import math
 from pathlib import Path
 
@@ -239,8 +240,13 @@ def test_long2short_says_what_it_lacks(tmp_path: Path):
 @pytest.mark.slow
 def test_all_four_ways_run_on_a_student(tmp_path: Path):
     lab = Lab(tmp_path, "long", tasks.load("roll"), n=4, max_tokens=200)
-    method = KimiLong2short(short="short", samples=4, train_n=8, steps=2, train_batch_size=4, rl_steps=1)
+    method = KimiLong2short(short="short", samples=4, train_n=16, steps=2, train_batch_size=4, rl_steps=1)
     report = method.run(lab)
     assert [s.name for s in report.settings] == ["before", "merge", "rejection", "dpo", "rl"]
     for way in ("rejection", "dpo", "rl"):
         assert (tmp_path / f"adapter-{way}" / "adapter_model.safetensors").is_file()
+    rates = [
+        [json.loads(line)["lr"] for line in (tmp_path / "stages" / way / "train.jsonl").read_text().splitlines()]
+        for way in ("rejection", "dpo")
+    ]
+    assert rates[1] == pytest.approx([rate / 5 for rate in rates[0]])

@@ -51,7 +51,6 @@ from thrifty.tune.logprobs import document_logprobs
 from thrifty.tune.objective.clipped import Clipped
 from thrifty.tune.reward.right import Right
 from thrifty.tune.supervised import (
-    Diverged,
     State,
     Updates,
     accelerated,
@@ -60,6 +59,7 @@ from thrifty.tune.supervised import (
     batches_of,
     laid_out,
     learning_rate,
+    not_finite,
     restore,
     save_trained,
 )
@@ -305,7 +305,7 @@ def rollout(
                 sums = torch.stack([loss_sum, *(loss_sum.new_tensor(value) for value in logged.values())])
                 total_loss, *values = accelerator.reduce(sums, "sum").tolist()
                 if not (math.isfinite(total_loss) and math.isfinite(grad_norm)):
-                    raise Diverged(total_loss, grad_norm, step + 1, lr, last or folder)
+                    raise not_finite(total_loss, grad_norm, step + 1, lr, last or folder)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 state.loss = total_loss

@@ -1,16 +1,13 @@
-"""A skill that no student has: the task's problems and plain chains in another spelling. For claims about training.
+"""A skill that no student has, to be learnt: plain chains in another spelling. For claims about training.
 
-Digits other than 0 are permuted, so the arithmetic has to be learnt anew, and the labels of operations start at f, so a
-prompt shows which spelling it is in. Every token is one that the students were trained on: what freezes the embeddings
-could not learn to write another. A chain is right where greedy decoding writes exactly it, which one
-forward pass with the right tokens before each tells: that works for any adapter, folded or not.
+A chain is right where greedy decoding writes exactly it, which one forward pass with the right tokens before each
+tells: that works for any adapter, folded or not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 from thrifty.contracts import Chain, Problem
 from thrifty.files import write_json
 from thrifty.models.load import load
+from thrifty.tasks.spelling import respelled
 from thrifty.tune.batches import Example, bucketed, collate, examples
 from thrifty.tune.objective.nll import target_logits
 from thrifty.tune.supervised import Train, TrainResult
@@ -29,20 +27,8 @@ OTHERS = "list+bool"
 """Tasks that the mixed student has learnt beside the one that is spelt anew: what training on that may forget."""
 CONTROL = "plain"
 """Control word of the mixed student for one operation per line."""
-_DIGITS = str.maketrans("123456789", "794168352")
-_LABELS = dict(zip("abcdefghij", "fghijabcde"))
-
 Learn = Callable[[Any, list[Example], Train, Path], tuple[Any, TrainResult]]
 """(model, documents, settings, folder) -> the trained model and how it went."""
-
-
-def respelled(text: str) -> str:
-    """The text in the other spelling.
-
-    >>> respelled("roll mod 10 . a 9 . b +3 .")
-    'roll mod 70 . f 2 . g +4 .'
-    """
-    return re.sub(r"(?<!\S)[a-j](?!\S)", lambda found: _LABELS[found.group()], text.translate(_DIGITS))
 
 
 def chains(problems: Sequence[Problem], spell: Callable[[str], str] = respelled) -> list[Chain]:

@@ -240,7 +240,7 @@ def train(
             sums = torch.stack([loss_sum, torch.tensor(float(asked_to_stop()), device=device)])
             total_loss, stop = accelerator.reduce(sums, "sum").tolist()
             if not (math.isfinite(total_loss) and math.isfinite(norm)):
-                raise Diverged(total_loss, float(norm), step + 1, lr, last or folder)
+                raise not_finite(total_loss, float(norm), step + 1, lr, last or folder)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.loss = total_loss
@@ -434,9 +434,10 @@ def restore(
 class Diverged(ThriftyError):  # noqa: N818 - it says what happened, and a grid goes on after it
     """A loss or a gradient that is not finite."""
 
-    def __init__(self, loss: float, norm: float, step: int, lr: float, kept: Path) -> None:
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        super().__init__(
-            f"{what} at step {step} (learning rate {lr:.3g}), so training stopped and this step was not applied; "
-            f"{kept} is as it was. Lower lr (try {lr / 3:.1g}), lengthen warmup, or load the model in float32"
-        )
+
+def not_finite(loss: float, norm: float, step: int, lr: float, kept: Path) -> Diverged:
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    return Diverged(
+        f"{what} at step {step} (learning rate {lr:.3g}), so training stopped and this step was not applied; {kept} is "
+        f"as it was. Lower lr (try {lr / 3:.1g}), lengthen warmup, or load the model in float32"
+    )

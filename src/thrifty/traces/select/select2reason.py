@@ -22,13 +22,13 @@ ranks are joined by a weight is the paper's; its weight and its scale of ranks c
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from thrifty.contracts import Card, Chain, Context, Problem, Sample, Talk, ThriftyError
+from thrifty.tasks.spelling import respelled
 
 CARD = Card(
     key="select2reason",
@@ -141,17 +141,8 @@ class _Samples:
         return (yield Sample(problem.prompt, n=self.k, temperature=self.temperature))[0]
 
 
-_DIGITS = str.maketrans("123456789", "794168352")
-_LABELS = dict(zip("abcdefghijk", "fghijkabcde"))
-
-
-def _respelled(text: str) -> str:
-    """Other digits and labels, so that arithmetic has to be learnt anew (as in ``tune/skill.py``)."""
-    return re.sub(r"(?<!\S)[a-k](?!\S)", lambda found: _LABELS[found.group()], text.translate(_DIGITS))
-
-
 def _new(problem: Problem) -> Problem:
-    return replace(problem, prompt=_respelled(problem.prompt), answer=_respelled(problem.answer or ""))
+    return replace(problem, prompt=respelled(problem.prompt), answer=respelled(problem.answer or ""))
 
 
 def claim(trial: Any) -> dict[str, Any]:
@@ -162,7 +153,7 @@ def claim(trial: Any) -> dict[str, Any]:
     task, lab, pool = trial.task(), trial.lab(), []
     for problem in trial.problems("train", trial.scaled(2500)):
         steps = task.trace(problem, tracing.style("long"), random.Random(f"{trial.seed}|{problem.id}"))
-        pool.append(Chain(_new(problem), _respelled(tracing.text_of(steps)), _respelled(problem.answer)))
+        pool.append(Chain(_new(problem), respelled(tracing.text_of(steps)), respelled(problem.answer)))
     ctx = Context(task=task, rng=trial.rng, tokenizer=lab.loaded().tokenizer)
     size = [_length(c, ctx.tokenizer) + _length(replace(c, thought=c.problem.prompt), ctx.tokenizer) for c in pool]
     if trial.arm == "method":
