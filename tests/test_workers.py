@@ -1,4 +1,4 @@
-"""``thrifty reproduce --all --workers``: processes of this machine, which end with the one that started them."""
+"""``thrifty reproduce --workers``: processes of this machine, which end with the one that started them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,24 @@ def claim(trial):
         time.sleep(0.05)
     return {"accuracy": [1.0 if trial.arm == "method" else 0.0]}
 '''
+UNITS = (
+    METHOD.partition("def claim")[0].replace(
+        '"comparator"', '"seeds": 3, "grid": {"lr": [1, 2]}, "gates": {"pid": [1, None]}, "comparator"'
+    )
+    + """
+def claim(trial):
+    number = str(trial.unit) if not trial.tuning else f"{trial.arm}-{trial.pick['lr']}"
+    Path(f"{number}.at").touch()
+    others = {"0": "1", "1": "0", "method-1": "method-2", "method-2": "method-1"}
+    while not Path(f"{others.get(number, number)}.at").exists():
+        time.sleep(0.05)
+    if trial.arm == "comparator" and not trial.tuning:
+        assert trial.other["spare"] == [trial.unit]
+    trial.gate("pid", os.getpid())
+    trial.note("unit", trial.unit)
+    return {"accuracy": [trial.rng.random() + trial.pick["lr"] + (trial.arm == "method")], "spare": [trial.unit]}
+"""
+)
 RUN = """
 from thrifty import registry
 from thrifty.cli import app
@@ -84,6 +102,25 @@ def test_two_claims_run_at_once_and_are_recorded_once(started, tmp_path):
     assert len({(tmp_path / f"{key}.pid").read_text() for key in ("one", "two")}) == 2
 
 
+def test_points_and_units_of_a_claim_run_at_once_and_give_what_one_process_gives(tmp_path):
+    file = tmp_path / "methods" / "solve.search" / "units.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(UNITS.replace("KEY", "units"))
+    for workers in (2, 1):  # the first points wait for each other, and the first units; then their files stand
+        words = f"reproduce units --dev --workers {workers} --results results --cache cache"
+        command = [sys.executable, "-m", "thrifty.cli", *words.split()]
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "units, method, unit 2" in done.stderr
+    spread, alone = evidence.read(tmp_path / "results" / "units.jsonl")
+    pids = [set(record["gates"].pop("pid")) for record in (spread, alone)]
+    assert [len(found) for found in pids] == [2, 1]
+    assert spread["picks"] == {"method": {"lr": 2}, "comparator": {"lr": 2}}
+    assert spread["notes"] == {"method: unit": [0, 1, 2], "comparator: unit": [0, 1, 2]}
+    varying = ("time", "seconds")
+    assert {k: v for k, v in spread.items() if k not in varying} == {k: v for k, v in alone.items() if k not in varying}
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_what_started_them(started, tmp_path, end):
     pids = [int((tmp_path / f"{key}.pid").read_text()) for key in ("one", "two")]
@@ -98,9 +135,8 @@ def test_workers_end_with_what_started_them(started, tmp_path, end):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("words", [["trimr", "--workers", "2"], ["--all", "--workers", "0"]])
-def test_workers_that_make_no_sense_are_refused(words):
-    done = CliRunner().invoke(app, ["reproduce", *words])
+def test_no_workers_are_refused():
+    done = CliRunner().invoke(app, ["reproduce", "--all", "--workers", "0"])
     assert done.exit_code == 2
     assert "--workers" in done.output
 

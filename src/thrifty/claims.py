@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ import numpy as np
 
 from thrifty import controls, evidence, registry
 from thrifty.contracts import ThriftyError
+from thrifty.engines import spread
 from thrifty.evidence import Claim, Part, digest
 from thrifty.measure import stats
 from thrifty.progress import Progress
 from thrifty.trial import Trial, fingerprint
 from thrifty.tune.supervised import Diverged
 
+ARMS = ("method", "comparator")
 ALPHA = 0.005
 """Two-sided level of a superior part; a non-inferior part is tested at 5 %, one-sided."""
 
@@ -119,11 +122,13 @@ def reproduce(
     results: Path | None = None,
     progress: Progress | None = None,
     stream: int = 1,
+    pool: Executor | None = None,
 ) -> dict[str, Any]:
     """Run a method's claim and append what came of it to ``results/KEY.jsonl``, a crash too; the record comes back.
 
     ``dev`` tries it out on development problems, as smoke runs always do; only runs of a committed file count.
-    ``stream`` tells A/A runs apart: it compares streams ``stream`` and ``stream - 1``.
+    ``stream`` tells A/A runs apart: it compares streams ``stream`` and ``stream - 1``. ``pool`` takes the points of the
+    grid side by side, then the units; they share the cache.
     """
     claim = evidence.read_claim(method.path)
     if claim is None:
@@ -152,7 +157,7 @@ def reproduce(
     }
     started = time.monotonic()
     try:
-        run = _Run(method, claim, scale, control, dev or scale == "smoke", cache, progress or Progress(), stream)
+        run = _Run(method, claim, scale, control, dev or scale == "smoke", cache, progress or Progress(), stream, pool)
         record |= run.everything()
     except BaseException as error:
         record["error"] = "".join(traceback.format_exception_only(error)).strip()
@@ -163,7 +168,7 @@ def reproduce(
     return record
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
     method: registry.Method
     claim: Claim
@@ -173,24 +178,27 @@ class _Run:
     cache: Path
     progress: Progress
     stream: int
-    gates: dict[str, list[float]] = field(default_factory=dict)
-    notes: dict[str, list[float]] = field(default_factory=dict)
+    pool: Executor | None
 
     def everything(self) -> dict[str, Any]:
         """What goes into the record: units, gates, notes, parts and the verdict."""
         claim = self.claim
-        tuning = {arm: self._tuning(arm) for arm in ("method", "comparator")} if claim.grid else {}
+        tuning = self._tuning() if claim.grid else {}
         picks = {arm: self._best(tried) for arm, tried in tuning.items()}
         more = claim.factor(self.scale, "seeds") if claim.unit == "training" else 1
+        count = 1 if self.scale == "smoke" else round(claim.seeds * more)
+        runs = self._each(_Run._unit, [(unit, picks) for unit in range(count)])
+        gates: dict[str, list[float]] = {}
+        notes: dict[str, list[float]] = {}
+        for arm in itertools.chain(*runs):
+            for name, value in arm["gates"].items():
+                gates.setdefault(name, []).append(value)
+            for name, value in arm["notes"].items():
+                notes.setdefault(f"{arm['arm']}: {name}", []).append(value)
         effects: dict[str, list[Any]] = {p.name: [] for p in claim.parts}
         strata, units = [], []
-        arms: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for unit in range(1 if self.scale == "smoke" else round(claim.seeds * more)):
-            new = self._arm("method", unit, pick=picks.get("method", {}))
-            old = self._arm("comparator", unit, pick=picks.get("comparator", {}), other=new)
-            if self.control == "aa":  # the comparator against itself, in two sampling and training streams
-                pick = picks.get("comparator", {})
-                old, new = (self._arm("comparator", unit, pick=pick, other=new, stream=self.stream - i) for i in (1, 0))
+        arms = [run[-2:] for run in runs]
+        for new, old in arms:
             for part in claim.parts:
                 pair = [np.asarray(x[part.name], float) for x in (new, old)]
                 effects[part.name].append(_gap(part, *(p.mean() for p in pair) if claim.unit == "training" else pair))
@@ -198,25 +206,35 @@ class _Run:
             units.append(
                 {"method": _summary(claim, new), "comparator": _summary(claim, old), "student": old["student"]}
             )
-            arms.append((new, old))
         found = {
             "units": units,
-            "figures": {name: [pair[i]["figures"] for pair in arms] for i, name in enumerate(("method", "comparator"))},
+            "figures": {name: [pair[i]["figures"] for pair in arms] for i, name in enumerate(ARMS)},
             "seeds": [old["seed"] for _, old in arms],
             "problems": [old["problems"] for _, old in arms],
-            "gates": self.gates,
-            "notes": self.notes,
+            "gates": gates,
+            "notes": notes,
             "picks": picks,
             "tuning": tuning,
             "verdict": None,
         }
         if self.scale == "smoke":
             return found
-        if missing := set(claim.gates) - set(self.gates):
+        if missing := set(claim.gates) - set(gates):
             raise ThriftyError(f"{self.method.path}: claim(trial) measured no gate {', '.join(sorted(missing))}")
         parts = [judge(p, claim.unit, effects[p.name], strata) for p in claim.parts]
-        verdict, why = decide(claim, parts, self.gates)
+        verdict, why = decide(claim, parts, gates)
         return found | {"verdict": verdict, "why": why, "parts": [dataclasses.asdict(p) for p in parts]}
+
+    def _unit(self, unit: int, picks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Every arm that is run in a unit; the last two are compared, the second with the first."""
+        pick = picks.get("comparator", {})
+        new = self._arm("method", unit, pick=picks.get("method", {}))
+        old = self._arm("comparator", unit, pick=pick, other=new)
+        if self.control != "aa":
+            return [new, old]
+        # the comparator against itself, in two sampling and training streams
+        again = [self._arm("comparator", unit, pick=pick, other=new, stream=self.stream - i) for i in (0, 1)]
+        return [new, old, *again]
 
     def _arm(self, arm: str, unit: int, tuning: bool = False, **changes: Any) -> dict[str, Any]:
         """Run ``claim(trial)`` for one arm in one unit."""
@@ -234,29 +252,43 @@ class _Run:
         got = dict(measure(trial))
         if missing := {p.name for p in self.claim.parts} - set(got):
             raise ThriftyError(f"{self.method.path}: claim(trial) returned nothing for {', '.join(sorted(missing))}")
-        if not tuning:
-            for name, value in trial.gates.items():
-                self.gates.setdefault(name, []).append(value)
-            for name, value in trial.notes.items():
-                self.notes.setdefault(f"{arm}: {name}", []).append(value)
-        student = digest(fingerprint(Path(trial.asset()))) if self.claim.student else ""
-        about = {"student": student, "seed": trial.seed, "problems": digest(trial.own), "figures": trial.figures}
-        return {**got, "strata": trial.strata, **about}
+        return {
+            **got,
+            "arm": arm,
+            "gates": trial.gates,
+            "notes": trial.notes,
+            "strata": trial.strata,
+            "student": digest(fingerprint(Path(trial.asset()))) if self.claim.student else "",
+            "seed": trial.seed,
+            "problems": digest(trial.own),
+            "figures": trial.figures,
+        }
 
-    def _tuning(self, arm: str) -> list[tuple[dict[str, Any], float | None]]:
-        """Every point of the grid, and the first part's mean there on development problems; both arms try as many.
+    def _tuning(self) -> dict[str, list[tuple[dict[str, Any], float | None]]]:
+        """Per arm every point of the grid, and what it gave; both arms try as many."""
+        points = [dict(zip(self.claim.grid, point)) for point in itertools.product(*self.claim.grid.values())]
+        values = self._each(_Run._point, list(itertools.product(ARMS, points)))
+        return {arm: list(zip(points, values[i * len(points) :])) for i, arm in enumerate(ARMS)}
 
-        None where training diverged.
-        """
-        part, tried = self.claim.parts[0], list[tuple[dict[str, Any], float | None]]()
-        for point in itertools.product(*self.claim.grid.values()):
-            pick = dict(zip(self.claim.grid, point))
-            try:
-                tried.append((pick, float(np.mean(self._arm(arm, 0, tuning=True, pick=pick)[part.name]))))
-            except Diverged as error:
-                self.progress.say(str(error))
-                tried.append((pick, None))
-        return tried
+    def _point(self, arm: str, pick: dict[str, Any]) -> float | None:
+        """The first part's mean on development problems at a point of the grid; None where training diverged."""
+        try:
+            return float(np.mean(self._arm(arm, 0, tuning=True, pick=pick)[self.claim.parts[0].name]))
+        except Diverged as error:
+            self.progress.say(str(error))
+            return None
+
+    def _each(self, work: Callable[..., Any], asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """``work(run, *words)`` of all words in order, here or side by side."""
+        if self.pool is None:
+            return [work(self, *words) for words in asked]
+        own = dataclasses.replace(self, progress=Progress(self.progress.quiet, bars=False), pool=None)
+        futures = [self.pool.submit(_elsewhere, Path.cwd(), work, own, words) for words in asked]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def _best(self, tried: Sequence[tuple[dict[str, Any], float | None]]) -> dict[str, Any]:
         sign = 1 if self.claim.parts[0].better == "higher" else -1
@@ -264,6 +296,12 @@ class _Run:
         if not measured:
             raise ThriftyError(f"{self.method.path}: training diverged at every point of the grid; give smaller rates")
         return max(measured, key=lambda one: one[0])[1]
+
+
+def _elsewhere(folder: Path, work: Callable[..., Any], run: _Run, words: Sequence[Any]) -> Any:
+    """In a worker."""
+    with spread.inside(folder):
+        return work(run, *words)
 
 
 def why_not(method: registry.Method, claim: Claim, control: str) -> str | None:

@@ -38,7 +38,10 @@ _Done = tuple[registry.Method, dict[str, Any] | None, Exception | None]
 @click.option("--plan", is_flag=True, help="Say what is left to run, and how long it took the last time; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records.")
 @click.option(
-    "--workers", default=1, type=click.IntRange(1), help="With --all: claims at a time, each on its share of the cores."
+    "--workers",
+    default=1,
+    type=click.IntRange(1),
+    help="Processes, each on its share of the cores: with --all for claims, of one claim for its tuning and units.",
 )
 @_options.ray("claims (with --all; of one claim its problems)")
 @click.pass_context
@@ -65,13 +68,14 @@ def main(
     if plan:
         _plan(runs, scale)
         return
-    if workers > 1:
-        if not everything or spread.executor() is not None:
-            raise ThriftyError("--workers goes with --all, and without --ray, whose cluster has workers of its own")
-        ctx.with_resource(spread.on(ctx.with_resource(spread.processes(workers))))
-    executor = spread.executor() if everything else None
+    if workers > 1 and spread.executor() is not None:
+        raise ThriftyError("give --workers without --ray, whose cluster has workers of its own")
+    pool = ctx.with_resource(spread.processes(workers)) if workers > 1 else None
     failed = []
-    done = _here(runs, scale, dev, cache, as_json) if executor is None else _away(executor, runs, scale, dev, cache)
+    if everything and (executor := spread.executor() or pool):
+        done = _away(executor, runs, scale, dev, cache)
+    else:
+        done = _here(runs, scale, dev, cache, as_json, pool)
     for method, record, error in done:
         if record is not None:
             click.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else told(record))
@@ -120,8 +124,10 @@ def _plan(runs: Sequence[_Runs], scale: str) -> None:
     )
 
 
-def _here(runs: Sequence[_Runs], scale: str, dev: bool, cache: Path, quiet: bool) -> Iterator[_Done]:
-    """Run them in this process, one after the other; after a crash the claim's others are left out."""
+def _here(
+    runs: Sequence[_Runs], scale: str, dev: bool, cache: Path, quiet: bool, pool: Executor | None
+) -> Iterator[_Done]:
+    """Run them one after the other, in ``pool`` if there is one; after a crash the claim's others are left out."""
     from thrifty.claims import reproduce
     from thrifty.progress import Progress
 
@@ -130,7 +136,7 @@ def _here(runs: Sequence[_Runs], scale: str, dev: bool, cache: Path, quiet: bool
             click.echo(f"{claim.label} {claim.method.key} {control or ''}", err=True)
             try:
                 results = claim.path.parent
-                record = reproduce(claim.method, scale, control, dev, cache, results, Progress(quiet), stream)
+                record = reproduce(claim.method, scale, control, dev, cache, results, Progress(quiet), stream, pool)
             except Exception as error:
                 yield claim.method, None, error
                 break
