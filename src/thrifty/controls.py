@@ -30,6 +30,7 @@ from thrifty.contracts import (
     ThriftyError,
     Trace,
 )
+from thrifty.engines.relay import relayed
 
 Factory = Callable[[Any, Task, int], Any]
 """(method, task, seed) -> what takes its place."""
@@ -52,18 +53,17 @@ class _Control:
 
 def _overhear(talk: Talk, heard: list[Trace]) -> Talk:
     """Run a talk as it is; traces that it is answered are kept in ``heard``, those of talks inside it too."""
-    try:
-        request = next(talk)
-        while True:
-            items = getattr(request, "items", None)
-            if items is not None:
-                inside = [_overhear(item, heard) if hasattr(item, "send") else item for item in items]
-                request = replace(request, items=inside)
-            answer = yield request
-            _keep(answer, heard)
-            request = talk.send(answer)
-    except StopIteration as stop:
-        return stop.value
+
+    def ask(request: Any) -> Talk:
+        items = getattr(request, "items", None)
+        if items is not None:
+            inside = [_overhear(item, heard) if hasattr(item, "send") else item for item in items]
+            request = replace(request, items=inside)
+        answer = yield request
+        _keep(answer, heard)
+        return answer
+
+    return relayed(talk, ask)
 
 
 def _keep(answer: Any, heard: list[Trace]) -> None:

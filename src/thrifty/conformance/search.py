@@ -23,6 +23,7 @@ from thrifty.contracts import (
     Trace,
 )
 from thrifty.engines import capabilities
+from thrifty.engines.relay import relayed
 from thrifty.engines.runner import Runner
 
 MOST = 500
@@ -45,26 +46,23 @@ class Watched:
         return (yield from self.watch(self.strategy.solve(problem, rng), problem.id))
 
     def watch(self, talk: Talk, problem: str) -> Talk:
-        answer: Any = None
-        spent: OutOfBudget | None = None
-        while True:
-            try:
-                request = talk.throw(spent) if spent is not None else talk.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            if spent is not None:
+        spent = False
+
+        def ask(request: Any) -> Talk:
+            nonlocal spent
+            if spent:
                 raise Failed(f"asks for another {type(request).__name__} after OutOfBudget: end, with the best so far")
             if len(self.asked[problem]) > MOST:
                 raise Failed(f"has asked more than {MOST} times for one problem and goes on: bound its rounds")
             try:
                 answer = yield self.wrap(request, problem)
-            except OutOfBudget as signal:
-                spent = signal
-            except GeneratorExit:
-                talk.close()  # RuntimeError where it yields once more
+            except OutOfBudget:
+                spent = True
                 raise
-            else:
-                self.given[problem] += _traces(answer)
+            self.given[problem] += _traces(answer)
+            return answer
+
+        return relayed(talk, ask)
 
     def wrap(self, request: Any, problem: str) -> Any:
         if hasattr(request, "send"):

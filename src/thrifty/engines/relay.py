@@ -11,7 +11,7 @@ from thrifty.contracts import OutOfBudget, RowFailed, Talk
 def relayed(talk: Talk, ask: Callable[[Any], Talk]) -> Talk:
     """``talk`` with each request given to ``ask``, whose result is its answer; what the talk returns.
 
-    ``OutOfBudget`` and ``RowFailed`` reach the talk as they would without anything between.
+    ``OutOfBudget``, ``RowFailed`` and being closed reach the talk as they would without anything between.
     """
     answer: Any = None
     signal: OutOfBudget | RowFailed | None = None
@@ -25,3 +25,6 @@ def relayed(talk: Talk, ask: Callable[[Any], Talk]) -> Talk:
             answer = yield from ask(request)
         except (OutOfBudget, RowFailed) as error:
             signal = error
+        except GeneratorExit:
+            talk.close()
+            raise
