@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 
 import tiny
 from thrifty.contracts import Budget, Grade, Group, Outcome, Problem, Sample, Span, Tail, ThriftyError, Trace, Usage
@@ -17,7 +18,7 @@ from thrifty.measure.metric.failed_step_fraction import FailedStepFraction, from
 from thrifty.solve.search.best_of_n import BestOfN
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.solve.search.tldr_ts import TldrTs
-from thrifty.solve.verify.finece import FineCE, central, clusters, integrate
+from thrifty.solve.verify.finece import FineCE, central, clusters, integrate, placements
 from thrifty.tune.reward.level_length import LevelLength
 
 torch.set_num_threads(1)
@@ -137,6 +138,21 @@ def test_a_graph_that_a_model_wrote_is_read():
 
 
 # ------------------------------------------------------------------------------------------------ finece
+
+
+def test_placements_average_to_the_auroc_and_vary_as_its_estimate_does():
+    rng = np.random.default_rng(0)
+    found, errors = [], []
+    for _ in range(300):
+        right = (rng.random(200) < 0.8).astype(float)
+        stated = np.round(rng.normal(size=200) + right, 1)  # with ties
+        values = placements(stated, right)
+        u = mannwhitneyu(stated[right == 1], stated[right == 0]).statistic
+        assert values.mean() == pytest.approx(u / (right.sum() * (1 - right).sum()))
+        found.append(values.mean())
+        errors.append(values.std() / np.sqrt(len(values)))
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.1)
+    assert placements(stated, np.ones(200)).tolist() == [0.5] * 200
 
 
 def asker(told):

@@ -81,7 +81,8 @@ CLAIM = {
         "was 1e-8, and the placebo held",
         "2: one right and one wrong answer of each batch were learnt from, and answers at temperature 0.7 judged by "
         "what was learnt at 1: false base rates, both; now all finished answers are learnt from, all are drawn at 1, "
-        "and 150 steps at 3e-3 take the place of 300 at 1e-3, as tried on development problems of one student",
+        "and 150 steps at 3e-3 take the place of 300 at 1e-3, as tried on development problems of one student; and "
+        "AUROC's interval followed from the plain spread of shares, which is at most half of DeLong's",
     ],
 }
 ASK = (
@@ -251,7 +252,7 @@ class _Heard:
 
 
 def claim(trial: Any) -> dict[str, Any]:
-    """How well a confidence tells one sampled answer per problem: ranks (AUROC) and squared error (Brier)."""
+    """How well a confidence tells one sampled answer per problem: placements (AUROC) and squared error (Brier)."""
     from thrifty.engines.runner import Runner
 
     # Drawn as the paper draws those that it learns from: of other answers another share is right.
@@ -283,11 +284,25 @@ def claim(trial: Any) -> dict[str, Any]:
     heard = _Heard(talk)
     Runner(engine, lab.task).solve(heard, problems, trial.seed)
     stated = np.array([heard.found[p.id][0] for p in problems])
-    above = (stated[:, None] > stated[None]) + 0.5 * (stated[:, None] == stated[None])
-    ranks = np.where(right == 1, above[:, right == 0].mean(1) if (right == 0).any() else 0.5,
-                     1 - above[:, right == 1].mean(1) if (right == 1).any() else 0.5)  # fmt: skip
     trial.note("mean confidence", float(stated.mean()))
-    return {"AUROC": ranks, "Brier score": (stated - right) ** 2}
+    return {"AUROC": placements(stated, right), "Brier score": (stated - right) ** 2}
+
+
+def placements(stated: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """One value per answer, whose mean is the AUROC and whose variance is that of its DeLong estimate.
+
+    An answer's share of the other kind's answers that it stands on the right side of (ties count half) differs from the
+    AUROC by its influence on its own kind's mean, so the difference is multiplied by answers over answers of the kind
+    (E. DeLong et al., Biometrics 44, 1988). 0.5 everywhere if all answers are of one kind.
+    """
+    kinds = right == 1
+    if kinds.all() or not kinds.any():
+        return np.full(len(right), 0.5)
+    above = (stated[:, None] > stated) + 0.5 * (stated[:, None] == stated)
+    shares = np.where(kinds, above[:, ~kinds].mean(1), 1 - above[:, kinds].mean(1))
+    auroc = shares.mean()
+    weighted: np.ndarray = auroc + (shares - auroc) * len(kinds) / np.where(kinds, kinds.sum(), (~kinds).sum())
+    return weighted
 
 
 def _learn(trial: Any, method: FineCE, folder: Path) -> None:
