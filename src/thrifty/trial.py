@@ -87,8 +87,11 @@ class Trial:
 
     @property
     def _shared(self) -> int:
-        amended = [len(self.claim.amendments)] if self.claim.amendments else []
-        return _seed("dev" if self.dev else "unit", self.unit, *amended)
+        return _seed("dev" if self.dev else "unit", self.unit, *self._amended)
+
+    @property
+    def _amended(self) -> list[int]:
+        return [len(self.claim.amendments)] if self.claim.amendments else []
 
     @property
     def fresh(self) -> int:
@@ -168,11 +171,11 @@ class Trial:
     ) -> tuple[list[Problem], list[list[Outcome]]]:
         """The claim's problems, and of each ``k`` graded samples by the student as it is.
 
-        The pool of problems is the same for all claims on these tasks and levels, and so are the samples; which blocks
-        of it a claim takes follows from its hash.
+        The pool of problems is the same for all claims on these tasks and levels, amended as often, and so are the
+        samples; which blocks of it a claim takes follows from its hash.
         """
         task = self.task()
-        pool = task.problems("dev" if self.dev else "test", POOL, _seed("bank", self.unit), self.claim.levels)
+        pool = task.problems("dev" if self.dev else "test", POOL, _seed("bank", self.unit, *self._amended), self.claim.levels)
         blocks = [pool[i : i + BLOCK] for i in range(0, len(pool), BLOCK)]
         random.Random(self.fresh).shuffle(blocks)
         problems: list[Problem] = []
