@@ -6,9 +6,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from thrifty import controls, evidence, registry
+from thrifty import claims, controls, evidence, registry
 from thrifty.claims import decide, judge, reproduce
 from thrifty.commands.reproduce import main, told
 from thrifty.contracts import Chain, Context, Grade, Group, Outcome, Problem, ThriftyError, Trace, Usage
@@ -242,7 +244,7 @@ def test_levels_weigh_the_same_whatever_their_size():
 
 def test_a_torn_last_line_costs_itself_alone(tmp_path):
     path = tmp_path / "results" / "key.jsonl"
-    evidence.append(path, {"run": 1})
+    evidence.append(path, {"run": 1, "says": "lines of a PDF\u2028and a terminal\x85"})
     with path.open("a") as file:
         file.write('{"run": 2, "verd')  # killed in the middle of a write
     assert [r["run"] for r in evidence.read(path)] == [1]
@@ -344,6 +346,38 @@ def test_a_claim_runs_from_registration_to_status(project):
     assert registry.get("surest").status == "stale"
 
 
+def test_a_claim_that_was_changed_says_so_or_is_refused_before_any_work(project):
+    commit(project)
+    run(project)
+    project.write_text(project.read_text().replace('"smallest": 0.1', '"smallest": 0.11'))
+    with pytest.raises(ThriftyError, match='no amendment says why: add "1: what was changed, and why"'):
+        CliRunner().invoke(main, ["surest"], catch_exceptions=False)
+    assert len(evidence.read(Path("results/surest.jsonl"))) == 1
+    text = project.read_text().replace('"unit": "student"', '"amendments": ["1: ..."], "unit": "student"')
+    project.write_text(text)
+    evidence.unamended(project, evidence.read_claim(project), evidence.read(Path("results/surest.jsonl")))
+
+
+def test_a_verdict_is_stale_once_the_comparator_that_its_claim_names_has_changed(project):
+    other = project.with_name("other.py")
+    other.write_text(METHOD.replace("CLAIM", "NONE").replace('"surest"', '"other"').replace("Surest", "Other"))
+    project.write_text(project.read_text().replace('{"pick": "first"}', '{"key": "other", "pick": "first"}'))
+    commit(project)
+    assert list(run(project)["beside"]) == [str(other)]
+    assert registry.get("surest").status == "inconclusive"
+    other.write_text(other.read_text().replace("n=4", "n=3"))
+    evidence.code_hash.cache_clear()
+    assert registry.get("surest").status == "stale"
+
+
+def test_runs_of_the_baseline_against_itself_are_gone_on_with(project):
+    commit(project)
+    for repeat, streams in ((2, [1, 2]), (3, [1, 2, 3])):
+        done = CliRunner().invoke(main, f"surest --control aa --repeat {repeat}".split())
+        assert done.exit_code == 0, done.output
+        assert [r["stream"] for r in evidence.read(Path("results/surest.jsonl"))] == streams
+
+
 def test_the_baseline_against_itself_differs_by_chance_alone(project):
     effects = [run(project, control="aa", stream=i)["parts"][0]["effect"] for i in (1, 2, 3)]
     assert len({e["value"] for e in effects}) > 1
@@ -378,6 +412,20 @@ def test_a_crash_is_recorded_and_a_dirty_file_does_not_count(project):
     [crash] = evidence.read(Path("results/surest.jsonl"))
     assert "nothing for accuracy" in crash["error"]
     assert crash["commit"] is None
+
+
+def test_what_a_method_imports_must_be_committed_too(tmp_path):
+    helper = tmp_path / "_helper.py"
+    method = tmp_path / "method.py"
+    for file in (helper, method):
+        file.write_text("one")
+        commit(file)
+    found = claims._commit([method, helper])
+    assert found
+    helper.write_text("two")
+    assert claims._commit([method, helper]) is None
+    assert claims._commit([method]) == found
+    assert claims._commit([method, Path(click.__file__)]) == found  # installed
 
 
 def test_a_gate_that_nobody_measures_is_an_error_and_a_failed_one_names_itself(project):
@@ -571,6 +619,8 @@ def test_a_fingerprint_is_of_content_and_refuses_what_it_cannot_see(tmp_path):
     class Method:
         k: int = 3
 
+        def go(self): ...
+
     assert fingerprint(Method()) == fingerprint(Method())
     assert fingerprint(Method()) != fingerprint(replace(Method(), k=4))
     assert fingerprint(np.arange(3)) != fingerprint(np.arange(3.0))
@@ -578,5 +628,9 @@ def test_a_fingerprint_is_of_content_and_refuses_what_it_cannot_see(tmp_path):
     one = fingerprint(tmp_path)
     (tmp_path / "a.json").write_text("2")
     assert fingerprint(tmp_path) != one
-    with pytest.raises(ThriftyError, match="fingerprint"):
-        fingerprint(object())
+    for callables in ((partial(pow, 2), partial(pow, 3)), (Method(1).go, Method(2).go)):
+        one, other = map(fingerprint, callables)
+        assert one != other
+    for strange in (object(), type("Called", (), {"__call__": lambda self: 1})()):
+        with pytest.raises(ThriftyError, match="fingerprint"):
+            fingerprint(strange)

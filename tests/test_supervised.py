@@ -323,6 +323,19 @@ def fill_the_disk(folder):
         print(json.dumps({"error": str(error), "kept": state["step"]}))
 
 
+def test_what_a_hook_draws_as_it_starts_follows_from_the_seed(tmp_path):
+    drawn = []
+
+    class Draws(NoHook):
+        def start(self, state):
+            drawn.append(torch.rand(3).tolist())
+
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        train(adapted(), documents(), Train(steps=1, seed=seed), tmp_path / str(number), hooks=[Draws()])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 class Fill(NoHook):
     def __init__(self, folder):
         self.folder = folder
@@ -421,11 +434,21 @@ def test_bad_models(tmp_path):
 # ------------------------------------------------------------------------------------------- two processes
 
 
+class Telling(NLL):
+    """Logs its loss, which the loop adds up over batches and processes."""
+
+    def loss(self, *args):
+        loss, logs = super().loss(*args)
+        return loss, {**logs, "told": loss.item()}
+
+
 def test_two_processes_train_as_one(tmp_path):
-    two_processes("test_supervised", "t.train(t.adapted(), t.documents(), t.SETTINGS, sys.argv[1])", tmp_path / "two")
+    call = "t.train(t.adapted(), t.documents(), t.SETTINGS, sys.argv[1], t.Telling())"
+    two_processes("test_supervised", call, tmp_path / "two")
     two = [json.loads(line) for line in (tmp_path / "two" / "train.jsonl").read_text().splitlines()]
     one = train(adapted(), documents(), SETTINGS, tmp_path / "one")
     assert [line["loss"] for line in two] == pytest.approx(one.losses, rel=1e-4)
+    assert [line["told"] for line in two] == pytest.approx(one.losses, rel=1e-4)
     theirs = adapter_weights(tmp_path / "one")
     for name, weight in adapter_weights(tmp_path / "two").items():
         torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-3)

@@ -138,21 +138,23 @@ def reproduce(
             f"{method.path}: a placebo of {method.family} cannot be made in general, since {reason}. Register in CLAIM "
             "the settings that take the information away ('placebo': {...}), or 'placebo': 'none: why'"
         )
-    folder = results or evidence.results_folder(method.path)
+    path = (results or evidence.results_folder(method.path)) / f"{method.key}.jsonl"
     record: dict[str, Any] = {
         "key": method.key,
         "family": method.family,
         "title": method.card.title,
         "scale": "dev" if dev and scale != "smoke" else scale,
         "control": control,
+        "stream": stream,
         "controls": [c for c in ("placebo", "oracle") if why_not(method, claim, c) is None],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "claim": digest(claim.text),
         "registered": json.loads(claim.text),
         "code": evidence.code_hash(method.path),
         "source": evidence.source_hash(method.path),
+        "beside": _beside(claim),
         "lab": evidence.lab_hash(),
-        "commit": _commit(method.path),
+        "commit": _commit(evidence.files(method.path)),
         "settings": {"method": claim.settings, "comparator": claim.comparator},
     }
     started = time.monotonic()
@@ -164,7 +166,7 @@ def reproduce(
         raise
     finally:
         record["seconds"] = round(time.monotonic() - started, 1)
-        evidence.append(folder / f"{method.key}.jsonl", record)
+        evidence.append(path, record)
     return record
 
 
@@ -350,14 +352,29 @@ def _summary(claim: Claim, got: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _commit(path: Path) -> str | None:
-    """The commit that registered the file as it is; None where it has changed since, or is in no repository."""
+def _beside(claim: Claim) -> dict[str, str]:
+    """Hashes of what the claim names by key: another method may be its comparator or a control."""
+    named = [s for s in (claim.comparator, claim.placebo, claim.oracle) if isinstance(s, Mapping) and "key" in s]
+    paths = [registry.find(settings["key"]).path for settings in named]
+    return evidence.beside(
+        str(path.relative_to(registry.PACKAGE) if path.is_relative_to(registry.PACKAGE) else path) for path in paths
+    )
 
-    def git(*words: str) -> str:
+
+def _commit(files: Sequence[Path]) -> str | None:
+    """The commit that registered the first file; None where one has changed since, or the first is in no repository."""
+
+    def git(path: Path, *words: str) -> str:
         command = ["git", "-C", str(path.parent), *words, "--", path.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return None if git("status", "--porcelain") else git("log", "-1", "--format=%H")[:12] or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    commit = None
+    for number, path in enumerate(files):
+        try:
+            if git(path, "status", "--porcelain"):
+                return None
+            commit = commit or git(path, "log", "-1", "--format=%H")[:12]
+        except (OSError, subprocess.CalledProcessError):  # an installed package is in no repository
+            if number == 0:
+                return None
+    return commit or None

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -153,25 +153,38 @@ def code_hash(path: Path) -> str:
 
     Comments and docstrings do not count.
     """
-    return digest(*(_code(file) for file in _files(path)))
+    return digest(*(_code(file) for file in files(path)))
 
 
 def source_hash(path: Path) -> str:
     """As ``code_hash``, but of the text as it stands: fast, and equal only where nothing at all has changed."""
-    return digest(*(file.read_text("utf-8") for file in _files(path)))
+    return digest(*(file.read_text("utf-8") for file in files(path)))
 
 
-def _files(path: Path) -> list[Path]:
+def beside(files: Iterable[str]) -> dict[str, str]:
+    """Code hashes, now, of files that a claim names by key and that are not gone. Relative ones are the package's."""
+    return {file: code_hash(PACKAGE / file) for file in files if (PACKAGE / file).is_file()}
+
+
+def files(path: Path) -> list[Path]:
+    """The file of a method, and those that ``code_hash`` counts beside it."""
+    return [path, *(p for p in sorted(_imported(path) - {path}) if p.parent not in LAB and p.parent != PACKAGE)]
+
+
+def _imported(path: Path) -> set[Path]:
     names = re.findall(r"^\s*from (thrifty\.[\w.]+) import", path.read_text("utf-8"), re.MULTILINE)
     places = [PACKAGE.parent / name.replace(".", "/") for name in names]
-    files = sorted({p / "__init__.py" if p.is_dir() else p.with_suffix(".py") for p in places} - {path})
-    return [path, *(p for p in files if p.is_file() and p.parent not in LAB and p.parent != PACKAGE)]
+    return {p for p in (p / "__init__.py" if p.is_dir() else p.with_suffix(".py") for p in places) if p.is_file()}
 
 
 @cache
 def lab_hash() -> str:
-    """Of everything beside the method that outcomes rest on: engines, models, tasks, the loops, the lab."""
-    return digest(*(_code(p) for folder in LAB for p in sorted(folder.glob("*.py"))), _code(PACKAGE / "lab.py"))
+    """Of everything beside methods that outcomes rest on: lab, trials, engines, models, tasks, loops, their imports."""
+    found = new = {PACKAGE / "lab.py", PACKAGE / "trial.py", *(p for folder in LAB for p in folder.glob("*.py"))}
+    while new:
+        new = {file for path in new for file in _imported(path)} - found
+        found = found | new
+    return digest(*map(_code, sorted(found)))
 
 
 def _code(path: Path) -> str:
@@ -220,7 +233,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """All runs in the order in which they ended; a line that a killed run left torn is passed over."""
     found = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
@@ -276,13 +289,34 @@ def standing(path: Path, runs: Sequence[Mapping[str, Any]]) -> Standing:
 
     *Shown* needs the family's placebo run to have failed, *refuted* its oracle run to have held.
     """
-    counted = [r for r in runs if counts(r)]
-    if not counted:
+    ended = [r for r in runs if counts(r)]
+    if not ended:
         return Standing("built")
+    counted = [r for r in ended if _beside_stands(r)]
     source = source_hash(path)  # parsing two hundred files would take longer than `thrifty list` may
     code = next((r["code"] for r in counted if r["source"] == source), None) or code_hash(path)
     found = judged([r for r in counted if r["code"] == code])
-    return found if found.run is not None else Standing("stale", why="the method's code has changed since it was run")
+    return found if found.run is not None else Standing("stale", why="its code or its comparator's has changed since")
+
+
+def current(run: Mapping[str, Any], path: Path) -> bool:
+    """Whether a run was of the method's code, and of that of what its claim names by key, as they are now."""
+    return run["code"] == code_hash(path) and _beside_stands(run)
+
+
+def _beside_stands(run: Mapping[str, Any]) -> bool:
+    return beside(run.get("beside", ())) == run.get("beside", {})
+
+
+def unamended(path: Path, claim: Claim, runs: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ThriftyError where a run that counts had another claim, and no new amendment says why it was changed."""
+    for run in filter(counts, runs):
+        before = len(run["registered"].get("amendments", ()))
+        if run["claim"] != digest(claim.text) and before >= len(claim.amendments):
+            raise ThriftyError(
+                f"{path}: CLAIM is not what ran on {run['time'][:10]}, and no amendment says why: add "
+                f'"{before + 1}: what was changed, and why" to its "amendments"'
+            )
 
 
 def judged(runs: Sequence[Mapping[str, Any]]) -> Standing:

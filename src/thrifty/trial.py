@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import random
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,8 @@ class Trial:
         The pool of problems is the same for all claims on these tasks and levels, amended as often, and so are the
         samples; which blocks of it a claim takes follows from its hash.
         """
-        task = self.task()
-        pool = task.problems("dev" if self.dev else "test", POOL, _seed("bank", self.unit, *self._amended), self.claim.levels)
+        task, seed = self.task(), _seed("bank", self.unit, *self._amended)
+        pool = task.problems("dev" if self.dev else "test", POOL, seed, self.claim.levels)
         blocks = [pool[i : i + BLOCK] for i in range(0, len(pool), BLOCK)]
         random.Random(self.fresh).shuffle(blocks)
         problems: list[Problem] = []
@@ -192,22 +193,12 @@ class Trial:
         return problems[: self.n], samples[: self.n]
 
     def once(self, name: str, make: Callable[[Path], None], *inputs: Any, model: str | None = None) -> Path:
-        """A folder that ``make`` fills, cached by the student, ``inputs``, the seed and the code of ``make``'s file.
+        """A folder that ``make`` fills, cached by student, task, levels, seed, ``inputs`` and the code of its file.
 
-        Name everything it depends on in ``inputs`` (methods, settings, chains, folders): what is not there is not seen.
+        Name everything else it depends on in ``inputs`` (methods, settings, chains, folders): the rest is not seen.
         """
         lab = self.lab(model)
-        return lab.once(f"{name}-{digest(fingerprint([make, *inputs]), lab.seed)}", make)
-
-    def report(self, recipe: Any, model: str | None = None, task: str | None = None) -> Any:
-        """What a recipe hands back (``lab.Report``), run in a lab of its own in the cache, on fresh problems."""
-        lab = self.lab(model, task)
-        lab.seed = self.fresh + 1_000_003 * self.stream
-        lab.folder /= f"recipe-{digest(fingerprint(recipe), lab.task.name, lab.seed, lab.n)}"
-        lab.folder.mkdir(parents=True, exist_ok=True)
-        report = recipe.run(lab)
-        self._measured_on([o.problem for o in report.settings[0].outcomes])
-        return report
+        return lab.once(f"{name}-{digest(fingerprint([make, *inputs, lab.task, self.claim.levels]), lab.seed)}", make)
 
     def gate(self, name: str, value: float) -> None:
         """A measured precondition; the claim registers its bounds."""
@@ -258,11 +249,11 @@ class Trial:
         self.own = [p.id for p in problems]
 
 
-_task = cache(tasks.load)
+_task = functools.cache(tasks.load)
 """A file's task reads the whole file once; a run asks for its task a dozen times."""
 
 
-@cache
+@functools.cache
 def _parameters(model: str) -> int:
     return active_parameters(load(model).model)
 
@@ -292,8 +283,11 @@ def fingerprint(value: Any) -> Any:
         return [type(value).__qualname__, _source(type(value)), fields]
     if hasattr(value, "grade") and hasattr(value, "problems"):
         return [value.name, _source(type(value))]
-    if callable(value):
-        return [getattr(value, "__qualname__", type(value).__qualname__), _source(value)]
+    if isinstance(value, functools.partial):
+        return [fingerprint(part) for part in (value.func, value.args, value.keywords)]
+    if callable(value) and hasattr(value, "__qualname__"):  # a function, a class, or a method and what it is bound to
+        bound = [fingerprint(value.__self__)] if isinstance(value, types.MethodType) else []
+        return [value.__qualname__, _source(value), *bound]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     raise ThriftyError(f"a {type(value).__qualname__} has no fingerprint: give trial.once what it was made from")

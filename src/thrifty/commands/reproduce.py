@@ -25,7 +25,12 @@ _Done = tuple[registry.Method, dict[str, Any] | None, Exception | None]
 @click.option("--all", "everything", is_flag=True, help="Every claim that has no verdict for its code as it is now.")
 @click.option("--scale", type=click.Choice(evidence.SCALES), default="tiny", help="smoke gives no verdict.")
 @click.option("--control", type=click.Choice(evidence.CONTROLS), help="Put this in the method's place.")
-@click.option("--repeat", default=1, type=click.IntRange(1), help="Runs of --control aa, each in streams of its own.")
+@click.option(
+    "--repeat",
+    default=1,
+    type=click.IntRange(1),
+    help="Runs of --control aa, each in streams of its own; what is done already is not run again.",
+)
 @click.option("--dev", is_flag=True, help="On development problems: to try a claim out. Never counts.")
 @click.option(
     "--cache", default="runs/claims", type=click.Path(path_type=Path), help="Finished work is read from here."
@@ -63,7 +68,9 @@ def main(
     runs: list[_Runs] = []
     for number, method in enumerate(found, 1):
         path = (results or evidence.results_folder(method.path)) / f"{method.key}.jsonl"
-        left = _left(method, path, scale, which, repeat, asked=not everything)
+        if scale != "smoke" and not dev and (claim := evidence.read_claim(method.path)) is not None:
+            evidence.unamended(method.path, claim, evidence.read(path))
+        left = _left(method, path, "dev" if dev and scale != "smoke" else scale, which, repeat, asked=not everything)
         runs.append(_Runs(f"[{number}/{len(found)}]", method, path, left))
     if plan:
         _plan(runs, scale)
@@ -103,8 +110,9 @@ def _left(
     method: registry.Method, path: Path, scale: str, controls: Sequence[str | None], repeat: int, asked: bool
 ) -> Iterator[tuple[str | None, int]]:
     for control in controls:
-        if not _needless(method, path, scale, control, asked=asked and control == controls[0]):
-            for stream in range(1, 1 + (repeat if control == "aa" else 1)):
+        for stream in range(1, 1 + (repeat if control == "aa" else 1)):
+            again = asked and control == controls[0] and repeat == 1
+            if again or not _needless(method, path, scale, control, stream):
                 yield control, stream
 
 
@@ -192,18 +200,16 @@ def _claim(
         return evidence.read(Path(own) / f"{method.key}.jsonl"), why
 
 
-def _needless(method: registry.Method, path: Path, scale: str, control: str | None, asked: bool) -> bool:
-    """Whether the record has this run already, or the verdict does not call for it. What was asked for is run."""
+def _needless(method: registry.Method, path: Path, scale: str, control: str | None, stream: int) -> bool:
+    """Whether the record has this run already, or the verdict does not call for it."""
     from thrifty.claims import why_not
 
-    if asked:
-        return False
-    code, claim = evidence.code_hash(method.path), evidence.read_claim(method.path)
-    runs = [r for r in evidence.read(path) if r["code"] == code and r["scale"] == scale]
+    claim = evidence.read_claim(method.path)
+    runs = [r for r in evidence.read(path) if r["scale"] == scale and evidence.current(r, method.path)]
     runs = [r for r in runs if r["commit"] and not r.get("error")]
-    if claim is None or any(r["control"] == control for r in runs):
+    if claim is None or any(r["control"] == control and r.get("stream", 1) == stream for r in runs):
         return True
-    if control is None:
+    if control in (None, "aa"):
         return False
     verdict = next((r["verdict"] for r in runs if not r["control"]), None)
     return verdict != {"placebo": "shown", "oracle": "refuted"}.get(control, verdict) or bool(

@@ -53,7 +53,7 @@ class ObjectiveMixin:
     def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
         self.objective: Objective = objective or NLL()
         self._logged: dict[str, float] = {}
-        self._logged_at = 0
+        self._logged_steps = 0
         data = kwargs.get("train_dataset") or kwargs.get("eval_dataset")
         if isinstance(data, list) and isinstance(data[0], Example | Pair) and kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collator
@@ -68,6 +68,7 @@ class ObjectiveMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and the loss weight of all of them over all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        self._logged_steps += 1
         for sample in samples:
             sample["batch"] = to_batch(sample)
         total = torch.tensor(sum(sample["batch"].total for sample in samples), device=device)
@@ -92,13 +93,12 @@ class ObjectiveMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the objective logged, as means over the steps since the last time."""
-        step = self.state.global_step  # type: ignore[attr-defined]
-        if "loss" in logs and step > self._logged_at and self._logged:
+        if "loss" in logs and self._logged:
             names = sorted(self._logged)
             sums = torch.tensor([self._logged[name] for name in names], device=self.args.device)  # type: ignore[attr-defined]
-            means = self.accelerator.reduce(sums, "sum") / (step - self._logged_at)  # type: ignore[attr-defined]
+            means = self.accelerator.reduce(sums, "sum") / self._logged_steps  # type: ignore[attr-defined]
             logs = {**logs, **dict(zip(names, means.tolist()))}
-            self._logged, self._logged_at = {}, step
+            self._logged, self._logged_steps = {}, 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -238,16 +238,6 @@ def observations_needed(sd: float, distance: float, alpha: float, power: float =
     return int(np.ceil(min(1e9, (z * sd / max(abs(distance), 1e-9)) ** 2)))
 
 
-def token_ratio(new: ArrayLike, old: ArrayLike, strata: ArrayLike | None = None, seed: int = 0) -> Interval:
-    """Typical new/old tokens of a problem: exp(mean(log new - log old)), with a 95 % bootstrap interval.
-
-    Every problem weighs the same, however long; ``ratio`` says what the bill does. An empty chain counts as 1 token.
-    """
-    a, b = _paired(new, old)
-    logs = mean(np.log(np.maximum(a, 1)) - np.log(np.maximum(b, 1)), strata, seed=seed)
-    return Interval(*(float(np.exp(x)) for x in (logs.value, logs.low, logs.high)))
-
-
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the (cost, accuracy) points that no other point beats in both, cheapest first.
 

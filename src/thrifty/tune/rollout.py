@@ -57,6 +57,7 @@ from thrifty.tune.supervised import (
     adamw,
     adapter_name,
     batches_of,
+    begin,
     laid_out,
     learning_rate,
     not_finite,
@@ -176,8 +177,7 @@ def rollout(
     whole = anchored or bool(extra)  # else answers without credit need not go through the model
     initial = {name: p.detach().clone() for name, p in weights.items()} if anchored else {}
     state = State(bare, optimizer, updates)
-    for hook in hooks:
-        hook.start(state)
+    begin(hooks, state, settings.seed)
     optimizer = state.optimizer
     stateful = [source, *(part for part in (reward, credit) if hasattr(part, "state_dict"))]
 
@@ -349,6 +349,8 @@ def rollout(
     trained = folder / ("adapter" if hasattr(bare, "peft_config") else "model")
     if accelerator.is_main_process:
         save_trained(bare, trained, {name: p for name, p in weights.items() if name.split(":")[0] in parts})
+        if not hasattr(bare, "peft_config"):  # so that the folder can be loaded
+            loaded.tokenizer.save_pretrained(trained)
     accelerator.wait_for_everyone()
     if stopped is not None:
         warnings.warn(f"stopped after step {len(lines)} of {settings.steps}: {stopped}", stacklevel=2)

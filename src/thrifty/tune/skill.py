@@ -105,7 +105,8 @@ def adapted(trial: Any) -> Learn:
     def learn(model: Any, documents: list[Example], settings: Train, folder: Path) -> tuple[Any, TrainResult]:
         from thrifty.tune.supervised import train
 
-        batches = [collate(rows) for rows in bucketed(documents[:64], 2048)]
+        device = next(model.parameters()).device
+        batches = [collate(rows).to(device) for rows in bucketed(documents[:64], 2048)]
         model = trial.method.attach(model, batches)
         return model, train(model, documents, settings, folder)
 

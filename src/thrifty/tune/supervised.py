@@ -164,8 +164,7 @@ def train(
     config, isolates = laid_out(bare, settings)
     dial = Dial(bare)
     state = State(bare, optimizer, steps)
-    for hook in hooks:
-        hook.start(state)
+    begin(hooks, state, settings.seed)
     optimizer = state.optimizer
     meter.watch(bare)
     if getattr(objective, "needs_reference", False) and isinstance(source, Shuffled):
@@ -237,8 +236,8 @@ def train(
                 hook.after_backward(state)
 
             norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), settings.clip or math.inf).float()
-            sums = torch.stack([loss_sum, torch.tensor(float(asked_to_stop()), device=device)])
-            total_loss, stop = accelerator.reduce(sums, "sum").tolist()
+            sums = torch.stack([loss_sum, *map(loss_sum.new_tensor, (asked_to_stop(), *logged.values()))])
+            total_loss, stop, *values = accelerator.reduce(sums, "sum").tolist()
             if not (math.isfinite(total_loss) and math.isfinite(norm)):
                 raise not_finite(total_loss, float(norm), step + 1, lr, last or folder)
             optimizer.step()
@@ -247,7 +246,7 @@ def train(
             for hook in hooks:
                 hook.after_step(state)
 
-            feedback = {"loss": total_loss, **logged}
+            feedback = {"loss": total_loss, **dict(zip(logged, values))}
             line = {
                 "step": step + 1,
                 **feedback,
@@ -315,6 +314,15 @@ def adamw(weights: dict[str, Any], settings: Updates, device: torch.device) -> t
         betas=(settings.beta1, settings.beta2),
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def begin(hooks: Sequence[Hook], state: State, seed: int) -> None:
+    """Start the hooks; what they draw follows from ``seed``, and torch's own stream is left as it was."""
+    device = next(state.model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for hook in hooks:
+            hook.start(state)
 
 
 def save_trained(bare: Any, folder: Path, parts: dict[str, Any]) -> None:
