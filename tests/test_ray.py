@@ -156,7 +156,7 @@ def words(outcomes: list[Outcome]) -> list[tuple[Any, ...]]:
 
 def kept(one: lab.Lab, stage: str = "s") -> Counter[str]:
     """How often each problem stands in a stage's shards."""
-    return Counter(row.problem for path in one.stage(stage).iterdir() for row in store.read(path))
+    return Counter(row.problem for path in one.stage(stage).glob("*.parquet") for row in store.read(path))
 
 
 def project(folder: Path, *keys: str) -> dict[str, registry.Method]:
@@ -191,7 +191,7 @@ def test_threads_with_a_model_each_find_what_one_process_finds(tmp_path):
     with ThreadPoolExecutor(2) as threads, spread.on(threads):
         found = many.solve("s", SelfConsistency(k=2), problems)
     assert said(found) == said(expected)
-    assert sorted(path.name for path in many.stage("s").iterdir()) == SHARDS
+    assert sorted(path.name for path in many.stage("s").glob("*.parquet")) == SHARDS
     generated = sum(o.usage.generated for o in found)
     for one in (alone, many):
         counted = one.meter.total()
@@ -385,7 +385,7 @@ def test_a_killed_worker_costs_a_piece_and_results_are_those_of_one_process(clus
     assert {name for _, name in ran} == {p.id for p in problems}
     assert said(found) == said(expected)
     assert kept(many) == {p.id: 1 for p in problems}
-    assert sorted(path.name for path in many.stage("s").iterdir()) == SHARDS
+    assert sorted(path.name for path in many.stage("s").glob("*.parquet")) == SHARDS
     counted = many.meter.total()
     assert counted.thought + counted.answer == sum(o.usage.generated for o in found)
     (tmp_path / "ran").unlink()

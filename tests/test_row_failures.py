@@ -467,6 +467,21 @@ def test_a_stage_keeps_what_was_solved_and_tries_the_rest_again(tmp_path: Path, 
     assert not spent.generated
 
 
+def test_what_was_read_to_score_answers_is_paid_for_after_a_stop_too(tmp_path: Path) -> None:
+    class Scored:
+        def solve(self, problem: Problem, rng: random.Random) -> Any:
+            [trace] = yield Sample(problem.prompt)
+            yield Score(problem.prompt, ("yes", "no"))
+            return trace
+
+    lab = Lab(tmp_path, "none", TASK)
+    lab.solve("one", Scored(), PROBLEMS, engine(failing({"p3"})))
+    found = lab.solve("one", Scored(), PROBLEMS, engine())
+    expected = Runner(engine(), TASK).solve(Scored(), PROBLEMS)
+    assert [o.usage.prompt for o in found] == [o.usage.prompt for o in expected]
+    assert [o.usage.prompt > o.tried[0].usage.prompt for o in found] == [True] * 7
+
+
 def test_what_was_solved_before_an_outage_is_kept(tmp_path: Path) -> None:
     many = [Problem(f"p{i}", f"question {i}", "1") for i in range(60)]
     lab = Lab(tmp_path, "none", TASK)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from thrifty.engines import spread
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.meter import Meter
 from thrifty.engines.runner import Runner
+from thrifty.files import write_json
 from thrifty.measure import stats
 from thrifty.models.load import Loaded, load
 from thrifty.progress import Progress
@@ -190,6 +192,7 @@ class Lab:
                     finally:
                         whole = [done[p.id] for p in part if p.id in done and done[p.id].failed is None]
                         if whole:
+                            write_json(_costs(path), {o.problem.id: dataclasses.asdict(o.usage) for o in whole})
                             store.write(path, store.rows_from(whole, stage, ids=True))
                 outcomes += [done[problem.id] for problem in part]
         failed = [outcome for outcome in outcomes if outcome.failed is not None]
@@ -349,13 +352,19 @@ def _restore(path: Path, problems: Sequence[Problem]) -> dict[str, Outcome]:
         by_problem.setdefault(row.problem, []).append(row)
     if not set(by_problem) <= {p.id for p in problems}:
         return {}
-    return {p.id: _outcome(p, by_problem[p.id]) for p in problems if p.id in by_problem}
+    costs = json.loads(_costs(path).read_text("utf-8")) if _costs(path).exists() else {}
+    return {p.id: _outcome(p, by_problem[p.id], costs.get(p.id)) for p in problems if p.id in by_problem}
 
 
-def _outcome(problem: Problem, rows: Sequence[store.TraceRow]) -> Outcome:
+def _costs(path: Path) -> Path:
+    """Beside a shard: what each problem cost, since its traces do not say what was read to score them."""
+    return path.with_suffix(".usage.json")
+
+
+def _outcome(problem: Problem, rows: Sequence[store.TraceRow], cost: Mapping[str, Any] | None) -> Outcome:
     traces = [_trace(row) for row in rows]
     chosen = next((i for i, row in enumerate(rows) if row.chosen), None)
-    usage = sum((t.usage for t in traces), Usage())
+    usage = sum((t.usage for t in traces), Usage()) if cost is None else Usage(**cost)
     if chosen is None:
         return Outcome(problem, None, Grade(0.0, None, "gave up"), traces, usage)
     row = rows[chosen]

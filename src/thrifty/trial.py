@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import random
 import sys
 import types
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from thrifty import assets, evidence, tasks
-from thrifty.contracts import Outcome, Problem, Split, Task, ThriftyError, Usage
+from thrifty.contracts import Outcome, Problem, Split, Task, ThriftyError
 from thrifty.engines.meter import active_parameters
 from thrifty.evidence import Claim, digest
-from thrifty.files import write_json
 from thrifty.lab import ADAPTER, Lab
 from thrifty.models.load import load
 from thrifty.progress import Progress
@@ -152,12 +150,7 @@ class Trial:
             asked = fingerprint([strategy, problems, adapter, alpha, budget, lab.task.name])
             stage = f"{type(strategy).__name__}-{digest(asked, lab.seed)}"
             strengths = {ADAPTER: alpha} if adapter else None
-            found = lab.solve(stage, strategy, problems, lab.engine(adapter=adapter), strengths, budget=budget)
-            path = lab.stage(stage) / "usage.json"  # shards say what traces cost, not what was read to score them
-            if not path.exists():
-                write_json(path, [dataclasses.asdict(o.usage) for o in found])
-            costs = [Usage(**row) for row in json.loads(path.read_text("utf-8"))]
-            return [dataclasses.replace(o, usage=cost) for o, cost in zip(found, costs, strict=True)]
+            return lab.solve(stage, strategy, problems, lab.engine(adapter=adapter), strengths, budget=budget)
 
         if hasattr(strategy, "prepare"):
             strategy = strategy.prepare(problems, run)
