@@ -27,7 +27,7 @@ class MyMethod:
     temperature: float = field(default=0.7, metadata={"help": "sampling temperature"})
 
     def run(self, lab: Lab) -> Report:
-        test = lab.problems("test", lab.n)
+        test = lab.problems(lab.split, lab.n)
         # Every lab.solve is kept in the run's folder under the name of its stage: a run that was stopped goes on.
         settings = [Setting("full length", lab.solve("full", SinglePass(self.temperature), test))]
         for budget in self.budgets:
