@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,12 @@ def claim(trial):
 """
 )
 RUN = """
+import signal
 from thrifty import registry
 from thrifty.cli import app
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell runs in the background ignores
     methods = {key: registry.find(key) for key in ("one", "two")}
     registry.methods = lambda: methods
     app("reproduce --all --scale smoke --results results --workers 2".split(), prog_name="thrifty")
@@ -76,7 +79,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> subprocess.Popen[str]:
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Two claims that run at once: each waits for the other, and for a file ``go``."""
     folder = tmp_path / "methods" / "solve.search"
     folder.mkdir(parents=True)
@@ -87,7 +90,8 @@ def started(tmp_path: Path) -> subprocess.Popen[str]:
         [sys.executable, "run.py"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     _until(lambda: all((tmp_path / f"{key}.pid").exists() for key in ("one", "two")) or process.poll() is not None)
-    return process
+    yield process
+    process.kill()
 
 
 def test_two_claims_run_at_once_and_are_recorded_once(started, tmp_path):

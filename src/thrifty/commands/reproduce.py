@@ -91,6 +91,8 @@ def main(
                 raise error
             failed.append(method.key)
             click.echo(f"thrifty: {method.key}: {error}", err=True)
+    if pool is not None:
+        pool.shutdown()  # all is done: workers end by themselves, where leaving the command would break them off
     if failed:
         click.echo(f"thrifty: {len(failed)} of {len(found)} claims crashed: {', '.join(failed)}", err=True)
         ctx.exit(1)
