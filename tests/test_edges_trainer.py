@@ -91,6 +91,24 @@ def test_figures_are_means_over_the_steps_between_two_lines(tmp_path):
     assert masked == pytest.approx([tokens / sum(document.total for document in documents())] * 2, rel=0.1)
 
 
+def test_figures_go_on_after_a_stop_and_in_a_second_training(tmp_path):
+    def made(**changes):
+        changes = {"max_steps": 4, "logging_steps": 1, "save_steps": 2, "learning_rate": 0.0, **changes}
+        rate = MaskedThought(rate=1.0)
+        return ObjectiveTrainer(
+            tiny.model(64), arguments(tmp_path, **changes), train_dataset=documents(), objective=rate
+        )
+
+    made(max_steps=2, save_strategy="steps").train()
+    resumed = made()
+    resumed.train(resume_from_checkpoint=True)
+    expected = [line["masked"] for line in resumed.state.log_history if "masked" in line]
+    assert len(expected) == 4
+    assert expected == pytest.approx([expected[0]] * 4, rel=0.1)
+    resumed.train()
+    assert len([line for line in resumed.state.log_history if "masked" in line]) == 4
+
+
 def test_evaluation_is_the_mean_of_each_batch(tmp_path):
     model, items = tiny.model(64), documents()
     trainer = ObjectiveTrainer(

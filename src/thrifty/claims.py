@@ -26,13 +26,12 @@ import numpy as np
 from thrifty import controls, evidence, registry
 from thrifty.contracts import ThriftyError
 from thrifty.engines import spread
-from thrifty.evidence import Claim, Part, digest
+from thrifty.evidence import ARMS, Claim, Part, digest
 from thrifty.measure import stats
 from thrifty.progress import Progress
 from thrifty.trial import Trial, fingerprint
 from thrifty.tune.supervised import Diverged
 
-ARMS = ("method", "comparator")
 ALPHA = 0.005
 """Two-sided level of a superior part; a non-inferior part is tested at 5 %, one-sided."""
 

@@ -23,6 +23,7 @@ Verdict = Literal["shown", "refuted", "inconclusive", "not carried"]
 VERDICTS: tuple[Verdict, ...] = ("shown", "refuted", "inconclusive", "not carried")
 SCALES = ("smoke", "tiny", "gpu")
 CONTROLS = ("aa", "placebo", "oracle")
+ARMS = ("method", "comparator")
 PACKAGE = Path(__file__).parent
 LAB = [PACKAGE / name for name in ("engines", "models", "tasks", "tune")]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thrifty.contracts import ThriftyError
-from thrifty.evidence import CONTROLS, SCALES, VERDICTS
+from thrifty.evidence import ARMS, CONTROLS, SCALES, VERDICTS
 
 AXES = {
     "thought_tokens": "thinking tokens",
@@ -25,7 +25,6 @@ AXES = {
     "training_seconds": "seconds of training",
 }
 """What a method can spend, by the name it has in a record; a mean per problem, or the whole training's."""
-ARMS = ("method", "comparator")
 
 
 @dataclass(frozen=True)
