@@ -18,7 +18,7 @@ from thrifty.papers import papers
 from thrifty.registry import CATEGORIES, SAVES, STATUSES, Entry
 from thrifty.report import records, theme, viewer
 from thrifty.report.html import _environment, _resource, _script
-from thrifty.report.records import ARMS, AXES, Record
+from thrifty.report.records import AXES, Record
 
 ELSEWHERE = "elsewhere"
 """The family of a method whose records do not say it."""
@@ -164,7 +164,7 @@ def _evidence(standing: Standing | None, claim: Claim | None, rows: Sequence[Rec
         "counts": place[id(counts)] if counts is not None else None,
         "drawn": place[id(drawn)] if drawn is not None else None,
         "controls": _controls(drawn, rows) if drawn is not None else {},
-        "figures": {arm: records.figures(drawn, arm) for arm in ARMS} if drawn is not None else {},
+        "figures": {arm: records.figures(drawn, arm) for arm in evidence.ARMS} if drawn is not None else {},
         "work": _work(drawn) if drawn is not None else None,
     }
 
@@ -221,7 +221,13 @@ def _claim(claim: Claim | None) -> dict[str, Any] | None:
 def _work(row: Mapping[str, Any]) -> dict[str, str] | None:
     """What a run was measured on: tasks, levels and student. Figures on the same work can be compared."""
     literal = _registered(row) or {}
-    strata = {s for unit in row["units"] for arm in ARMS for part in unit[arm].values() for s in part.get("levels", ())}
+    strata = {
+        s
+        for unit in row["units"]
+        for arm in evidence.ARMS
+        for part in unit[arm].values()
+        for s in part.get("levels", ())
+    }
     levels: dict[str, set[str]] = {}
     for stratum in strata:
         task, slash, level = stratum.rpartition("/")
