@@ -297,7 +297,7 @@ def test_ssf_trains_two_values_per_channel_and_one_behind_norms_without_bias():
     assert sum(p.numel() for p in alone.parameters() if p.requires_grad) == 2 * 2 * (64 + 32)
 
 
-def test_ssf_keeps_no_more_for_the_backward_pass_than_lora_and_has_the_gradients_of_its_formula():
+def test_ssf_keeps_no_more_for_the_backward_pass_than_lora():
     def kept(method):
         sizes = {}
 
@@ -311,13 +311,23 @@ def test_ssf_keeps_no_more_for_the_backward_pass_than_lora_and_has_the_gradients
         return sum(sizes.values())
 
     assert kept(SSF()) <= 1.02 * kept(PlainLora(rank=1))
-    linear, x = nn.Linear(3, 2), torch.randn(5, 3)
-    layer = SSFLayer(linear, "default", SSFConfig())
-    layer(x).square().sum().backward()
-    gamma, beta = 1 + layer.ssf_scale["default"].detach(), layer.ssf_shift["default"].detach()
-    y = linear(x).detach()
-    torch.testing.assert_close(layer.ssf_scale["default"].grad, (2 * (gamma * y + beta) * y).sum(0))
-    torch.testing.assert_close(layer.ssf_shift["default"].grad, (2 * (gamma * y + beta)).sum(0))
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["merged for the product", "computed again"])
+@pytest.mark.parametrize("shift", [True, False], ids=["shifted", "scaled alone"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_ssf_has_the_gradients_of_its_formula(frozen, shift, bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 2, bias=bias).requires_grad_(not frozen), torch.randn(2, 5, 3, requires_grad=True)
+    layer = SSFLayer(linear, "default", SSFConfig(shift=shift, spread=0.5))
+    learnt = [layer.ssf_scale["default"], *layer.ssf_shift.values(), *linear.parameters()]
+    wanted = [x, *(p for p in learnt if p.requires_grad)]
+    scaled = (1 + layer.ssf_scale["default"]) * linear(x) + (layer.ssf_shift["default"] if shift else 0)
+    made = layer(x)
+    torch.testing.assert_close(made, scaled)
+    expected = torch.autograd.grad(scaled.square().sum(), wanted)
+    for one, other in zip(torch.autograd.grad(made.square().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_ssf_starts_near_one_and_zero():

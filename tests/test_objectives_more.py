@@ -258,6 +258,10 @@ def test_the_gate_counts_pairs_in_which_a_wrong_chain_is_ahead():
     class Constant(torch.nn.Module):
         """Token 1 has log-probability -1, 2 has -2, and so on, up to what they all share."""
 
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))
+
         def forward(self, input_ids, **_):
             return SimpleNamespace(logits=-torch.arange(10.0).expand(*input_ids.shape, 10))
 

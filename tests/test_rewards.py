@@ -232,9 +232,19 @@ def test_long2short_says_what_it_lacks(tmp_path: Path):
         KimiLong2short(ways=("dpo", "prune")).run(lab)
     with pytest.raises(ThriftyError, match="answered none of 2 training questions"):
         KimiLong2short(ways=("dpo",), train_n=2, samples=2).run(lab)
-    report = KimiLong2short(ways=("merge",)).run(lab)
-    assert [s.name for s in report.settings] == ["before"]
-    assert "merge is left out" in " ".join(report.notes)
+    wrong = {"give --short": {"ways": ("merge",)}, "--samples is 1": {"samples": 1}, "--ratio is 0.5": {"ratio": 0.5}}
+    for why, values in (wrong | {"--margin is 3": {"margin": 3.0}}).items():
+        with pytest.raises(ThriftyError, match=why):
+            KimiLong2short(**values).run(lab)
+
+
+def test_long2short_measures_on_the_split_that_is_asked_for(tmp_path: Path):
+    model, short = (str(tiny.save(tmp_path / name, seed=seed)) for name, seed in (("model", 1), ("short", 2)))
+    lab = Lab(tmp_path, model, tasks.load("roll"), n=2, max_tokens=4, split="dev")
+    report = KimiLong2short(ways=("merge",), short=short).run(lab)
+    assert [s.name for s in report.settings] == ["before", "merge"]
+    dev = [p.id for p in tasks.load("roll").problems("dev", 2, lab.seed)]
+    assert [o.problem.id for o in report.settings[1].outcomes] == dev
 
 
 @pytest.mark.slow

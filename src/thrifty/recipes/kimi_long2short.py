@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thrifty.contracts import Card, Chain, Outcome, Problem, ThriftyError, Trace
-from thrifty.lab import ADAPTER, Lab, Report, Setting, unusable, verdict
+from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
 from thrifty.models.load import Loaded, load, wrap
+from thrifty.recipes._lora import LoraRecipe, tokens
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.tune.adapter import lora
 from thrifty.tune.answers import Samples
-from thrifty.tune.batches import Example, Pair, Shuffled, examples
+from thrifty.tune.batches import Example, Pair, Shuffled
 from thrifty.tune.credit import GroupRelative, centred, constant_length
 from thrifty.tune.objective.dpo import DPO
 from thrifty.tune.objective.mirror_descent import MirrorDescent
@@ -68,22 +69,21 @@ CLAIM = {
     ],
 }
 
+WAYS = ("merge", "rejection", "dpo", "rl")
+
 
 @dataclass(frozen=True)
-class KimiLong2short:
-    ways: tuple[str, ...] = field(
-        default=("merge", "rejection", "dpo", "rl"), metadata={"help": "which of merge, rejection, dpo and rl to go"}
-    )
+class KimiLong2short(LoraRecipe):
+    ways: tuple[str, ...] = field(default=WAYS, metadata={"help": "which of merge, rejection, dpo and rl to go"})
     short: str | None = field(default=None, metadata={"help": "short model of the same architecture, for merge"})
     samples: int = field(default=8, metadata={"help": "chains per training question"})
     ratio: float = field(default=1.5, metadata={"help": "how much longer a right chain is that DPO avoids"})
     prefer: Literal["shortest", "random"] = field(
         default="shortest", metadata={"help": "what is learnt and avoided; random chains for comparison"}
     )
-    train_n: int = field(default=1000, metadata={"help": "training questions"})
-    steps: int = field(default=80, metadata={"help": "optimiser steps of rejection and dpo"})
-    train_batch_size: int = field(default=64, metadata={"help": "chains per step; half as many pairs"})
-    rank: int = field(default=8, metadata={"help": "LoRA rank"})
+    steps: int = field(
+        default=80, metadata={"help": "optimiser steps of rejection and of dpo, each of half as many pairs"}
+    )
     lr: float | None = field(
         default=None, metadata={"help": "learning rate; none: 1e-4, 5e-4 below 10 M parameters, for dpo a fifth of it"}
     )
@@ -94,9 +94,6 @@ class KimiLong2short:
     )
     tau: float = field(default=0.1, metadata={"help": "mirror descent's pull towards each step's policy"})
     weight: float = field(default=1.0, metadata={"help": "of the length reward"})
-    temperature: float = field(default=0.7, metadata={"help": "sampling temperature"})
-    top_p: float = field(default=0.95, metadata={"help": "nucleus mass"})
-    margin: float = field(default=0.03, metadata={"help": "accuracy that may be lost, for the verdicts"})
 
     def passes(self, n: int) -> dict[str, int]:
         """Chains sampled and trained on, for ``--plan``."""
@@ -107,13 +104,25 @@ class KimiLong2short:
             "trained": tuned + 2 * rollouts,
         }
 
-    def run(self, lab: Lab) -> Report:
-        wrong = set(self.ways) - {"merge", "rejection", "dpo", "rl"}
+    def check(self, lab: Lab) -> None:
+        super().check(lab)
+        wrong = set(self.ways) - set(WAYS)
         if wrong or not self.ways:
-            raise ThriftyError(f"ways are merge, rejection, dpo and rl, not {', '.join(sorted(wrong)) or 'none'}")
-        test, sampler = lab.problems("test", lab.n), SinglePass(self.temperature, self.top_p)
+            raise ThriftyError(f"ways are {', '.join(WAYS)}, not {', '.join(sorted(wrong)) or 'none'}")
+        if self.ways == ("merge",) and self.short is None:
+            raise ThriftyError("merge is of two models: give --short, a short model of the same architecture")
+        if self.samples < 2:
+            raise ThriftyError(f"--samples is {self.samples}: give at least 2, chains are compared")
+        if self.ratio < 1:
+            raise ThriftyError(f"--ratio is {self.ratio:g}: give at least 1, how much longer a right chain is")
+        if self.short is not None:
+            lab.loaded(self.short)  # a wrong name is told before any work
+
+    def run(self, lab: Lab) -> Report:
+        self.check(lab)
+        test, sampler = lab.problems(lab.split, lab.n), self.sampler
         settings = [Setting("before", lab.solve("before", sampler, test))]
-        notes = unusable(test)
+        notes = lab.notes(test)
         for way in self.ways:
             if way == "merge":
                 if self.short is None:
@@ -126,7 +135,7 @@ class KimiLong2short:
                 lab.publish(f"{way}/adapter", f"adapter-{way}")
             settings.append(Setting(way, outcomes))
         verdicts = [verdict(s, settings[0], None, self.margin) for s in settings[1:]]
-        return Report(settings, "before", notes=notes, verdicts=verdicts)
+        return Report(settings, "before", notes=notes, verdicts=verdicts, margin=self.margin)
 
     # ---- the ways -----------------------------------------------------------------------------------
 
@@ -150,9 +159,7 @@ class KimiLong2short:
         settings = lab.training(self.steps, self.train_batch_size, self.lr)
         if way == "rejection":
             chains = [Chain(o.problem, best.thought, best.response, source="own") for o, best, _ in chosen]
-            loaded = lab.loaded()
-            data = examples(chains, loaded.chat, max_length=loaded.context)
-            return lab.tune("rejection", Shuffled(data, self.train_batch_size, lab.seed), settings, self.rank)
+            return self.tune(lab, "rejection", self.shuffled(lab, tokens(lab, chains)))
         chat = lab.loaded().chat
         pairs = [
             Pair(_example(chat, o.problem, best), _example(chat, o.problem, worse))

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 import torch
 from peft import TaskType
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from thrifty.contracts import Card, ThriftyError
@@ -111,6 +112,36 @@ class SSFConfig(Config):
     kind: ClassVar[str] = "SSF"
 
 
+class Scaled(torch.autograd.Function):
+    """gamma * (W x + b) + beta as one product with the merged weights: no passes over tokens besides, only x is kept.
+
+    dL/dgamma_c = sum_t g_tc (W x_t + b)_c = sum_i (g^T x)_ci W_ci + b_c sum_t g_tc     for gradients g_t at token t
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, scale)
+        gamma = 1 + scale
+        made = None if bias is None else (gamma * bias).to(weight.dtype)
+        if shift is not None:
+            made = shift.to(weight.dtype) if made is None else made + shift.to(weight.dtype)
+        return nn.functional.linear(x, (gamma[:, None] * weight).to(weight.dtype), made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale = ctx.saved_tensors
+        flat = g.reshape(-1, g.shape[-1])
+        summed = flat.sum(0, dtype=scale.dtype)
+        to_scale = ((flat.T @ x.reshape(-1, x.shape[-1])) * weight).sum(1, dtype=scale.dtype)
+        if bias is not None:
+            to_scale += summed * bias
+        to_x = g @ ((1 + scale)[:, None] * weight).to(weight.dtype) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, to_scale, summed if ctx.needs_input_grad[4] else None
+
+
 class SSFLayer(Layer):
     """gamma * f(x) + beta around a linear layer or a norm."""
 
@@ -139,12 +170,26 @@ class SSFLayer(Layer):
             self.ssf_shift[name].data.copy_(shift)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As of any layer. The gradient of gamma needs f(x), which is computed again then: others keep x anyway."""
-        run = super().forward
+        """As of any layer. The gradient of gamma needs f(x), which is not kept: others keep x anyway."""
         if not torch.is_grad_enabled():
-            return run(x, *args, **kwargs)
-        again: Tensor = checkpoint(run, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return super().forward(x, *args, **kwargs)
+        if merged := self._merged(x):
+            scaled: Tensor = Scaled.apply(x, *merged)
+            return scaled
+        again: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return again
+
+    def _merged(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
+        """What ``Scaled`` takes, for a frozen linear layer under one adapter at full strength; nothing may cast."""
+        base, active = self.base_layer, [name for name in self.active_adapters if self.has(name)]
+        if type(base) is not nn.Linear or base.weight.requires_grad or x.dtype != base.weight.dtype:
+            return None
+        if len(active) != 1 or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+            return None
+        [name] = active
+        if name not in self.ssf_scale or isinstance(self.scaling[name], Tensor) or self.scaling[name] != 1.0:
+            return None
+        return base.weight, base.bias, self.ssf_scale[name], self.ssf_shift.get(name)
 
     def change(self, x: Tensor, y: Tensor, name: str) -> Tensor:
         strength = self.scaling[name]

@@ -225,8 +225,9 @@ def _misjudged(model: Any, questions: Sequence[Question], tokens: int = 4096) ->
     """How often a wrong chain scores at least as high as a right one: of pairs, in the mean over questions with one."""
     asked = [question for question in questions if question.wrong]
     was, _ = model.training, model.eval()
-    batches = map(collate, bucketed(asked, tokens))  # their total is 1: what the loss logs are sums over questions
-    found = sum(AFT().loss(model, batch, 0, {})[1]["assessment"] for batch in batches)
+    found, device = 0.0, next(model.parameters()).device
+    for rows in bucketed(asked, tokens):  # a batch's total is 1: what the loss logs are sums over questions
+        found += AFT().loss(model, collate(rows).to(device), 0, {})[1]["assessment"]
     model.train(was)
     return 1 - found / len(asked) if asked else 0.0
 
