@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from thrifty import evidence
+from thrifty import evidence, registry
 from thrifty.cli import app
+from thrifty.commands import reproduce
 
 METHOD = '''"""A strategy whose claim meets the other one's. Paper: (0000.00000)."""
 import os, time
@@ -137,6 +141,25 @@ def test_workers_end_with_what_started_them(started, tmp_path, end):
     _until(lambda: not any(_runs(pid) for pid in pids))
     assert not any(_runs(pid) for pid in pids)
     assert not (tmp_path / "results").exists()
+
+
+def test_the_longest_claims_begin_first_and_those_of_which_nothing_is_known_before_them(tmp_path):
+    class Submitted(list):
+        def submit(self, run, folder, method, *rest):
+            self.append(method.key)
+            done = Future()
+            done.set_result(([], "stopped here"))
+            return done
+
+    method, runs = registry.find("greedy"), []
+    for key, seconds in {"short": 5, "crashed": None, "long": 60, "middle": 7, "unknown": None}.items():
+        path, error = tmp_path / f"{key}.jsonl", {"error": "it broke"} if key == "crashed" else {}
+        if key != "unknown":
+            path.write_text(json.dumps({"scale": "tiny", "control": None, "seconds": seconds or 90, **error}))
+        runs.append(reproduce._Runs(key, replace(method, key=key), path, iter([(None, 1)])))
+    submitted = Submitted()
+    list(reproduce._away(submitted, runs, "tiny", False, tmp_path))
+    assert submitted == ["crashed", "unknown", "long", "middle", "short"]
 
 
 def test_no_workers_are_refused():

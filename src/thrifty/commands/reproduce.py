@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -118,16 +119,21 @@ def _left(
                 yield control, stream
 
 
+def _took(claim: _Runs, scale: str) -> float:
+    """Seconds of the claim and its controls when they last ran; infinity if they never did."""
+    ended = [r for r in evidence.read(claim.path) if r["scale"] == scale and not r.get("error")]
+    took = {r["control"]: r["seconds"] for r in ended}
+    return sum(took.get(control, 0.0) for control in (None, "placebo", "oracle")) if took else math.inf
+
+
 def _plan(runs: Sequence[_Runs], scale: str) -> None:
     """Print, per claim, whether anything is left to run, and what it and its controls took when they last ran."""
     every, open_ = 0.0, 0.0
     for claim in runs:
-        ended = [r for r in evidence.read(claim.path) if r["scale"] == scale and not r.get("error")]
-        took = {r["control"]: r["seconds"] for r in ended}
-        seconds = sum(took.get(control, 0.0) for control in (None, "placebo", "oracle"))
-        left = next(claim.left, None) is not None
+        took, left = _took(claim, scale), next(claim.left, None) is not None
+        seconds = took if math.isfinite(took) else 0.0
         every, open_ = every + seconds, open_ + seconds * left
-        last = f"{seconds / 60:5.0f} min" if took else "never ran"
+        last = f"{seconds / 60:5.0f} min" if math.isfinite(took) else "never ran"
         click.echo(f"{claim.method.key:24} {'to run' if left else 'done':7} {last}")
     click.echo(
         f"one after the other: {every / 3600:.1f} h for all, {open_ / 3600:.1f} h for what is left and ran before"
@@ -154,7 +160,10 @@ def _here(
 
 
 def _away(executor: Executor, runs: Sequence[_Runs], scale: str, dev: bool, cache: Path) -> Iterator[_Done]:
-    """Run them as ``_here``, claims side by side. Workers hand their records back: each is appended once, here."""
+    """Run them as ``_here``, claims side by side, the longest first: then the last ones end at about the same time.
+
+    Workers hand their records back: each is appended once, here.
+    """
     out: dict[Future[Any], _Runs] = {}
 
     def next_of(claim: _Runs) -> None:
@@ -162,7 +171,7 @@ def _away(executor: Executor, runs: Sequence[_Runs], scale: str, dev: bool, cach
             asked = (Path.cwd(), claim.method, scale, step[0], dev, cache, step[1])
             out[executor.submit(_claim, *asked)] = claim
 
-    for claim in runs:
+    for claim in sorted(runs, key=lambda one: _took(one, scale), reverse=True):
         next_of(claim)
     try:
         while out:
