@@ -318,7 +318,8 @@ def test_ssf_keeps_no_more_for_the_backward_pass_than_lora():
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_ssf_has_the_gradients_of_its_formula(frozen, shift, bias):
     torch.manual_seed(0)
-    linear, x = nn.Linear(3, 2, bias=bias).requires_grad_(not frozen), torch.randn(2, 5, 3, requires_grad=True)
+    linear, x = nn.Linear(3, 2, bias=bias).requires_grad_(False), torch.randn(2, 5, 3, requires_grad=True)
+    next(reversed(list(linear.parameters()))).requires_grad_(not frozen)
     layer = SSFLayer(linear, "default", SSFConfig(shift=shift, spread=0.5))
     learnt = [layer.ssf_scale["default"], *layer.ssf_shift.values(), *linear.parameters()]
     wanted = [x, *(p for p in learnt if p.requires_grad)]
@@ -327,6 +328,22 @@ def test_ssf_has_the_gradients_of_its_formula(frozen, shift, bias):
     torch.testing.assert_close(made, scaled)
     expected = torch.autograd.grad(scaled.square().sum(), wanted)
     for one, other in zip(torch.autograd.grad(made.square().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_strength_is_that_of_the_forward_pass_wherever_backward_is_called():
+    def gradients(inside):
+        model = moved(SSF().attach(tiny.model(64), []))
+        with strengths(model, {"valve": torch.tensor([0.3, 0.7])}):
+            loss = model(IDS[:2]).logits.square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            with strengths(model, {"valve": torch.tensor([0.0, 1.0])}):
+                loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -176,13 +176,26 @@ class SSFLayer(Layer):
         if merged := self._merged(x):
             scaled: Tensor = Scaled.apply(x, *merged)
             return scaled
-        again: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        now = dict(self.scaling)  # backward may be called where another strength is in force
+
+        def run(x: Tensor) -> Tensor:
+            kept, self.scaling = self.scaling, now
+            try:
+                return super(SSFLayer, self).forward(x, *args, **kwargs)
+            finally:
+                self.scaling = kept
+
+        again: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
         return again
 
     def _merged(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
         """What ``Scaled`` takes, for a frozen linear layer under one adapter at full strength; nothing may cast."""
         base, active = self.base_layer, [name for name in self.active_adapters if self.has(name)]
-        if type(base) is not nn.Linear or base.weight.requires_grad or x.dtype != base.weight.dtype:
+        if (
+            type(base) is not nn.Linear
+            or x.dtype != base.weight.dtype
+            or any(p.requires_grad for p in base.parameters())
+        ):
             return None
         if len(active) != 1 or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
             return None
