@@ -18,7 +18,7 @@ from thrifty.tune.adapter.pissa import PiSSA
 from thrifty.tune.adapter.plain_lora import PlainLora
 from thrifty.tune.adapter.ssf import SSF, SSFConfig, SSFLayer
 from thrifty.tune.batches import Example, bucketed, collate
-from thrifty.tune.supervised import Train, train
+from thrifty.tune.supervised import NoHook, Train, train
 
 torch.set_num_threads(1)
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]])
@@ -114,6 +114,22 @@ def test_only_the_adapter_is_trained_and_the_loop_saves_it(method, tmp_path):
     assert result.losses[-1] < result.losses[0]
     loaded = load_adapter(tiny.model(64), result.trained)
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=0)
+
+
+def test_what_an_adapter_holds_fixed_goes_on_with_its_weights(tmp_path):
+    class Break(NoHook):
+        def before_step(self, state):
+            if state.step == 2:
+                raise KeyboardInterrupt
+
+    def run(folder, seen, *hooks):
+        model, settings = tiny.model(64), Train(steps=4, batch_size=8, lr=0.02, save_every=1)
+        return train(LoraSB(rank=2).attach(model, seen), documents(), settings, tmp_path / folder, hooks=hooks).losses
+
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", batches(), Break())
+    other = [collate([[Example([7] * 4, [8] * 12)]])]  # from which it would begin elsewhere
+    assert run("broken", other, NoHook()) == pytest.approx(run("whole", batches()), abs=1e-5)
 
 
 def test_a_start_depends_on_its_seed_alone(method):

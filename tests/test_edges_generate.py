@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GenerationConfig, MistralConfig
 
 import tiny
 from thrifty.contracts import Sample, ThriftyError
@@ -216,6 +216,23 @@ def test_samples_depend_on_torchs_random_state_and_follow_the_models_distributio
     likeliest = (logits / 2).softmax(-1).max(-1)
     share = (one.view(64, len(PROMPTS)) == likeliest.indices).float().mean(0)
     assert ((share - likeliest.values).abs() < 4 * (likeliest.values * (1 - likeliest.values) / 64).sqrt()).all()
+
+
+@pytest.mark.parametrize("config", [MistralConfig, Gemma3TextConfig], ids=["all layers", "some layers"])
+def test_a_row_that_may_outgrow_a_layers_window_is_refused(config, loaded):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=len(loaded.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=2, num_key_value_heads=1, sliding_window=48, eos_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    windowed = replace(loaded, model=model)
+    short = 48 - given(windowed)["input_ids"].shape[1]
+    found = generate(windowed, custom_generate=custom_generate(LookaheadTrie()), max_new_tokens=short)
+    assert torch.equal(found, generate(windowed, max_new_tokens=short))
+    with pytest.raises(ThriftyError, match=r"look back 48 tokens at most.*grow to 49 tokens: lower max_tokens"):
+        generate(windowed, custom_generate=custom_generate(LookaheadTrie()), max_new_tokens=short + 1)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,14 @@ def test_mistakes_are_named(tmp_path):
     model, _ = adapted("plain-lora")
     with pytest.raises(ThriftyError, match="of rank 4 and is saved as it is"):
         save_lora(model, tmp_path / "x", rank=2)
+    for more in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}):
+        model = get_peft_model(tiny.model(64), LoraConfig(target_modules=["q_proj"], **more), "valve")
+        with pytest.raises(ThriftyError, match=rf"more than a plain LoRA \({next(iter(more))}\), which servers refuse"):
+            save_lora(model, tmp_path / "x")
+    two = get_peft_model(tiny.model(64), LoHaConfig(r=2, target_modules=["q_proj"]), "valve")
+    two.add_adapter("other", LoHaConfig(r=2, target_modules=["v_proj"]))
+    with pytest.raises(ThriftyError, match=r"v_proj carries other and not 'valve'.*delete_adapter\('other'\) first"):
+        save_lora(two, tmp_path / "x")
     olora = get_peft_model(tiny.model(64), LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]), "valve")
     with pytest.raises(ThriftyError, match="began as olora, which moved the base"):
         save_lora(olora, tmp_path / "x")

@@ -1,18 +1,23 @@
 """Objectives in transformers' Trainer: the loss of the whole step, its own figures in the log, pairs as well."""
 
 import copy
+import json
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import tiny
+from launched import two_processes
 from thrifty.contracts import ThriftyError
 from thrifty.edges.trainer import ObjectiveMixin, collator, to_batch
+from thrifty.files import write_json
 from thrifty.tune.batches import Example, Pair, collate
 from thrifty.tune.logprobs import referenced
 from thrifty.tune.objective.dpo import DPO
@@ -165,6 +170,48 @@ def test_trls_sft_trainer_computes_the_same_loss_without_and_with_it(tmp_path):
         lines.append(trainer.state.log_history[0])
     assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], abs=1e-3)
     assert lines[1]["grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-3)
+
+
+def test_data_of_another_kind_than_the_objectives_is_refused(tmp_path):
+    def begun(**changes):
+        return ObjectiveTrainer(tiny.model(64), arguments(tmp_path), **changes)
+
+    for data in (pairs(), tuple(pairs())):
+        with pytest.raises(ThriftyError, match="NLL is trained on Examples, not on Pairs"):
+            begun(train_dataset=data).train()
+    with pytest.raises(ThriftyError, match="DPO is trained on Pairs, not on Examples"):
+        begun(train_dataset=documents(), objective=DPO(), data_collator=collator).train()
+
+    def rows(items):
+        return {name: value for name, value in collator(items).items() if name != "batch"}
+
+    with pytest.raises(ThriftyError, match="DPO is trained on pairs, and this data_collator's rows have no partners"):
+        begun(train_dataset=documents(), objective=DPO(), data_collator=rows).train()
+
+
+def trained(folder, batch_size=2):
+    model = tiny.model(64)
+    data = referenced(model, pairs())
+    changes = {"max_steps": 3, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 1}
+    trainer = ObjectiveTrainer(model, arguments(folder, **changes), train_dataset=data, objective=DPO())
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        write_json(Path(folder) / "history.json", trainer.state.log_history)
+        save_file(dict(model.named_parameters()), Path(folder) / "weights.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    (tmp_path / "two").mkdir()
+    two_processes("test_edges_trainer", "t.trained(sys.argv[1])", tmp_path / "two")
+    (tmp_path / "one").mkdir()
+    trained(tmp_path / "one", batch_size=4)
+    one, two = (json.loads((tmp_path / name / "history.json").read_text())[:3] for name in ("one", "two"))
+    for name in ("loss", "grad_norm", "preferred"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4), name
+    theirs = load_file(tmp_path / "one" / "weights.safetensors")
+    for name, value in load_file(tmp_path / "two" / "weights.safetensors").items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-4)
 
 
 def test_what_a_trainer_cannot_train_is_refused(tmp_path):

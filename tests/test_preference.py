@@ -199,6 +199,8 @@ def test_dpo_trains_a_lora_from_log_2_and_resumes(tmp_path):
     assert all(pair.chosen.reference is None for pair in items)  # the caller's pairs are left alone
     again = train(lora(tiny(), rank=4, seed=1), items, settings, tmp_path, objective=DPO(beta=0.5))
     assert again.losses == result.losses
+    with pytest.raises(ThriftyError, match=r"sum of the starting weights was .*: set them back, or train"):
+        train(model, items, settings, tmp_path, objective=DPO(beta=0.5))  # half trained, it is another reference
 
 
 def test_simpo_trains_all_weights_and_the_layout_changes_nothing(tmp_path):

@@ -18,12 +18,14 @@ from thrifty.recipes.kimi_long2short import KimiLong2short, choose
 from thrifty.tune.adapter import lora
 from thrifty.tune.batches import Sampled, collate
 from thrifty.tune.credit import GroupRelative, centred, constant_length, normalised
+from thrifty.tune.objective.clipped import Clipped
 from thrifty.tune.objective.mirror_descent import MirrorDescent
 from thrifty.tune.reward.grpo_lambda import GrpoLambda
 from thrifty.tune.reward.pear import Pear, phases
 from thrifty.tune.reward.relative_length import RelativeLength
 from thrifty.tune.reward.right import Right
 from thrifty.tune.rollout import Rollout, rollout
+from thrifty.tune.supervised import NoHook
 from thrifty.weights.merge.average import Average
 
 torch.set_num_threads(1)
@@ -201,6 +203,27 @@ def test_rewards_and_objective_run_in_the_loop(tmp_path: Path):
         )  # fmt: skip
         assert len(run.lines) == 2
         assert all(np.isfinite(line["loss"]) for line in run.lines)
+
+
+class Counts(NoHook):
+    """Answers that went through the model, over all updates."""
+
+    answers = 0
+
+    def before_step(self, state):
+        self.answers += sum(len(batch.examples) for batch in state.batches)
+
+
+@pytest.mark.parametrize(("objective", "answers"), [(Clipped(), 0), (MirrorDescent(), 16)])
+def test_answers_without_credit_still_hold_mirror_descent_back_and_cost_a_clipped_objective_nothing(
+    objective, answers, tmp_path
+):
+    counts = Counts()
+    settings = Rollout(steps=1, problems=2, samples=4, epochs=2, max_tokens=10, lr=1e-3)
+    loaded = tiny.loaded()  # answers nothing right, so that every group is of one reward
+    rollout(loaded, tasks.load("roll"), tasks.load("roll").problems("train", 4, 0), settings, tmp_path,
+            Right(), objective=objective, hooks=[counts])  # fmt: skip
+    assert counts.answers == answers
 
 
 # ---------------------------------------------------------------------------------- the other three ways

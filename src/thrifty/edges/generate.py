@@ -35,7 +35,8 @@ def custom_generate(decoder: Decoder, meter: Meter | None = None) -> Callable[..
     state. Adapters run as they stand. ``meter`` watches the model from then on and counts every position, drafted and
     accepted ones apart. Raises ThriftyError for what a decoder cannot follow: beams, top-k (sampling has ``top_k=50``
     unless told ``top_k=0``), other logits processors and stopping criteria, a cache that holds text already, scores to
-    be returned.
+    be returned, a row that may outgrow a layer's sliding window. transformers hands a function neither ``streamer``
+    (which would wait for ever) nor the tokenizer that ``stop_strings`` need: leave both out.
     """
 
     @torch.no_grad()

@@ -67,6 +67,13 @@ def save_lora(
         return save_adapter(model, folder, name)
     rank = rank if rank is not None else getattr(config, "r", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    without = [n for n, m in layers.items() if not any(name in getattr(m, kept) for kept in m.adapter_layer_names)]
+    if without:
+        others = [other for other in model.peft_config if other != name]
+        raise ThriftyError(
+            f"{without[0]} carries {', '.join(others)} and not {name!r}, and peft converts one on all layers: "
+            f"delete_adapter({others[0]!r}) first"
+        )
     _check_convertible(config, layers, name, rank)
     try:
         made, state = convert_to_lora(model, rank, adapter_name=name)  # type: ignore[arg-type]
@@ -93,6 +100,13 @@ def save_lora(
 def _check_lora(model: Any, config: Any, name: str, rank: int | None) -> None:
     if rank not in (None, config.r):
         raise ThriftyError(f"adapter {name!r} is a LoRA of rank {config.r} and is saved as it is: leave rank out")
+    more = [name for name in ("use_dora", "modules_to_save", "alora_invocation_tokens") if getattr(config, name, None)]
+    more += ["bias"] if config.bias != "none" else []
+    if more:
+        raise ThriftyError(
+            f"adapter {name!r} is more than a plain LoRA ({', '.join(more)}), which servers refuse: save it with "
+            "save_adapter, or save the whole model after merge_and_unload"
+        )
     start = str(config.init_lora_weights)
     if start.startswith(MOVES_THE_BASE) and name not in getattr(model, "starts", {}):
         raise ThriftyError(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,16 @@ import torch
 from thrifty.contracts import Objective, ThriftyError
 from thrifty.tune.batches import Batch, Example, Pair, collate
 from thrifty.tune.objective.nll import NLL
+from thrifty.tune.supervised import check_kind
 
 IGNORED = -100
 """transformers' label of a token without a loss."""
+
+
+def _checked(objective: Objective, items: Sequence[Example | Pair]) -> dict[str, Any]:
+    made = collator(items)
+    check_kind(items, objective)
+    return made
 
 
 def collator(items: Sequence[Example | Pair]) -> dict[str, Any]:
@@ -55,8 +63,9 @@ class ObjectiveMixin:
         self._logged: dict[str, float] = {}
         self._logged_steps = 0
         data = kwargs.get("train_dataset") or kwargs.get("eval_dataset")
-        if isinstance(data, list) and isinstance(data[0], Example | Pair) and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = collator
+        ours = isinstance(data, Sequence) and isinstance(data[0], Example | Pair)
+        if kwargs.get("data_collator") is collator or (ours and kwargs.get("data_collator") is None):
+            kwargs["data_collator"] = functools.partial(_checked, self.objective)
         super().__init__(*args, **kwargs)
         parts = self.objective.modules(self.model)  # type: ignore[attr-defined]
         if parts:
@@ -70,15 +79,23 @@ class ObjectiveMixin:
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         self._logged_steps += 1
         for sample in samples:
-            sample["batch"] = to_batch(sample)
+            sample["batch"] = self._batch(sample)
         total = torch.tensor(sum(sample["batch"].total for sample in samples), device=device)
         return samples, self.accelerator.reduce(total, "sum")  # type: ignore[attr-defined]
+
+    def _batch(self, inputs: Mapping[str, Any]) -> Batch:
+        if "batch" not in inputs and getattr(self.objective, "pairs", False):
+            raise ThriftyError(
+                f"objective {type(self.objective).__name__} is trained on pairs, and this data_collator's rows have no "
+                "partners: give a list of Pairs and no data_collator"
+            )
+        return to_batch(inputs)
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The batch's share of the step's loss; in evaluation the batch's own mean."""
-        batch = to_batch(inputs)
+        batch = self._batch(inputs)
         training = model.training and num_items_in_batch is not None
         if training:
             batch = dataclasses.replace(batch, total=float(num_items_in_batch))

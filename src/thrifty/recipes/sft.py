@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 
 from thrifty.contracts import Card, Chain, Engine, Outcome, Problem, Strategy, ThriftyError
 from thrifty.fields import made, part, split
-from thrifty.files import aside, write_json
+from thrifty.files import write_json
 from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
 from thrifty.models.load import load
 from thrifty.recipes._lora import LoraRecipe, tokens
@@ -237,7 +235,7 @@ class SFT(LoraRecipe):
             lab._models.clear()  # a model in training and one in an engine would be two in memory
             loaded = load(lab.model, device=lab.device, dtype=lab.dtype)
             count = _Count(folder / "trained.json", sum(p.numel() for p in loaded.model.parameters()))
-            model = loaded.model if self.hook else self._adapted(lab, loaded.model, documents, settings, folder)
+            model = loaded.model if self.hook else self._adapted(lab, loaded.model, documents, settings)
             hooks = [self._part("hook", seed=lab.seed), count] if self.hook else [count]
             with lab.progress.bar("sft", self.steps) as bar:
                 train(model, self.shuffled(lab, data), settings, folder, objective, hooks, lab.meter,
@@ -251,26 +249,15 @@ class SFT(LoraRecipe):
         """What an objective that compares is trained on: wrong chains are told by their weight, -1."""
         return list(objective.examples([*right, *(replace(document, weight=-1.0) for document in wrong)]))
 
-    def _adapted(self, lab: Lab, model: Any, documents: Sequence[Example], settings: Train, folder: Path) -> Any:
-        """``model`` with the adapter to train, which sees some of the ``documents``.
-
-        What it starts from is kept in ``folder``: parts that are not trained, and so stand in no checkpoint, would be
-        made anew as training goes on, and on a GPU not to the last digit.
-        """
+    def _adapted(self, lab: Lab, model: Any, documents: Sequence[Example], settings: Train) -> Any:
+        """``model`` with the adapter to train, which sees some of the ``documents``."""
         if self.adapter is None:
             return lora(model, rank=self.rank, name=ADAPTER, seed=lab.seed)
         warmup = max(1, round(settings.warmup * self.steps))
         adapter = self._part("adapter", seed=lab.seed, lr=settings.lr, warmup=warmup)
         seen = random.Random(lab.seed).sample(list(documents), min(SEEN, len(documents)))
-        model = adapter.attach(model, [collate(rows).to(model.device) for rows in bucketed(seen, settings.tokens)])
-        start, name = folder / "start.safetensors", model.active_adapters[0]
-        if start.exists():
-            set_peft_model_state_dict(model, load_file(start), adapter_name=name)
-        else:
-            state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-            with aside(start) as path:
-                save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path)
-        return model
+        batches = [collate(rows).to(model.device) for rows in bucketed(seen, settings.tokens)]
+        return adapter.attach(model, batches)
 
     # ---- afterwards ---------------------------------------------------------------------------------
 

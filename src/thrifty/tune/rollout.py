@@ -51,6 +51,7 @@ from thrifty.tune.logprobs import document_logprobs
 from thrifty.tune.objective.clipped import Clipped
 from thrifty.tune.reward.right import Right
 from thrifty.tune.supervised import (
+    START,
     State,
     Updates,
     accelerated,
@@ -63,6 +64,8 @@ from thrifty.tune.supervised import (
     not_finite,
     restore,
     save_trained,
+    standing,
+    total,
 )
 
 FREE = ("save_every", "tokens", "batch", "window", "keep")
@@ -174,7 +177,8 @@ def rollout(
     updates = settings.steps * per_step
     # The reference model is what training started from: no second model, only the weights that will move.
     anchored = any(getattr(one, "needs_reference", False) for one in objectives)
-    whole = anchored or bool(extra)  # else answers without credit need not go through the model
+    # Answers without credit need not go through the model where they add nothing to the loss.
+    whole = anchored or bool(extra) or type(objective) is not Clipped
     initial = {name: p.detach().clone() for name, p in weights.items()} if anchored else {}
     state = State(bare, optimizer, updates)
     begin(hooks, state, settings.seed)
@@ -185,14 +189,15 @@ def rollout(
     fixed = {
         k: getattr(v, "__name__", str(v)) if callable(v) else v for k, v in vars(settings).items() if k not in FREE
     }
-    fixed["sum of the starting weights"] = float(sum(p.double().sum() for p in initial.values()))
+    fixed[START] = total(initial)
+    kept = weights | standing(bare)
     done, feedback = 0, {}
     last = checkpoint.latest(folder / "checkpoints")
     accelerator.wait_for_everyone()
     if last is not None:
         saved = checkpoint.load(last)
         done, feedback = saved["step"], saved["feedback"]
-        restore(last, saved, fixed, weights, optimizer, _Together(stateful), hooks)
+        restore(last, saved, fixed, kept, optimizer, _Together(stateful), hooks)
     log = folder / "rollout.jsonl"
     lines = checkpoint.trim(log, done) if accelerator.is_main_process else []
 
@@ -203,7 +208,7 @@ def rollout(
                 "step": step,
                 "settings": fixed,
                 "feedback": feedback,
-                "weights": weights,
+                "weights": kept,
                 "optimizer": optimizer.state_dict(),
                 "source": _Together(stateful).state_dict(),
                 "hooks": [hook.state_dict() for hook in hooks],

@@ -32,6 +32,9 @@ from thrifty.tune.batches import Batch, Example, Pair, Shuffled, bucketed, colla
 from thrifty.tune.logprobs import referenced
 from thrifty.tune.objective.nll import NLL
 
+START = "sum of the starting weights"
+"""A checkpoint's setting where the model as it was given is the reference: one that is half trained is another."""
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -167,11 +170,13 @@ def train(
     begin(hooks, state, settings.seed)
     optimizer = state.optimizer
     meter.watch(bare)
+    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("save_every", "tokens")}
     if getattr(objective, "needs_reference", False) and isinstance(source, Shuffled):
         source.examples = referenced(bare, source.examples, settings.tokens)  # of the model as it was given
+        fixed[START] = total(weights)
+    kept = weights | standing(bare)
 
     # ---- resume
-    fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("save_every", "tokens")}
     done = 0
     feedback: dict[str, float] = {}
     last = checkpoint.latest(folder / "checkpoints")
@@ -179,7 +184,7 @@ def train(
     if last is not None:
         saved = checkpoint.load(last)
         done, feedback = saved["step"], saved["feedback"]
-        restore(last, saved, fixed, weights, optimizer, source, hooks)
+        restore(last, saved, fixed, kept, optimizer, source, hooks)
     log = folder / "train.jsonl"
     lines = checkpoint.trim(log, done) if accelerator.is_main_process else []
 
@@ -190,7 +195,7 @@ def train(
                 "step": step,
                 "settings": fixed,
                 "feedback": feedback,
-                "weights": weights,
+                "weights": kept,
                 "optimizer": optimizer.state_dict(),
                 "source": source.state_dict(),
                 "hooks": [hook.state_dict() for hook in hooks],
@@ -209,7 +214,7 @@ def train(
             started, spent = time.perf_counter(), meter.total().flops
             torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, rank]).generate_state(1)[0]))
             documents = source.next(step, feedback)
-            _check_kind(documents, objective)
+            check_kind(documents, objective)
             batches = batches_of(documents, settings, isolates, rank, world, config)
             lr = learning_rate(settings, step, steps)
             for group in optimizer.param_groups:
@@ -366,7 +371,8 @@ def _steps(settings: Train, data: Any) -> int:
     return steps
 
 
-def _check_kind(documents: Sequence[Example | Pair], objective: Objective) -> None:
+def check_kind(documents: Sequence[Example | Pair], objective: Objective) -> None:
+    """Raise ThriftyError where an objective on pairs is given single examples, or the other way round."""
     kind = Pair if getattr(objective, "pairs", False) else Example
     for document in documents:
         if not isinstance(document, kind):
@@ -403,6 +409,16 @@ def batches_of(
             f"token id {largest} is beyond the model's vocabulary of {config.vocab_size}: use its own tokenizer"
         )
     return batches
+
+
+def total(weights: dict[str, Any]) -> float:
+    return float(sum(p.detach().double().sum() for p in weights.values()))
+
+
+def standing(bare: Any) -> dict[str, Any]:
+    """The model's buffers that are saved with it: an adapter may hold parts there that its weights belong to."""
+    saved = bare.state_dict().keys()
+    return {name: value for name, value in bare.named_buffers() if name in saved}
 
 
 def adapter_name(model: Any) -> str:
