@@ -28,6 +28,7 @@ from thrifty.progress import Progress
 from thrifty.trial import Trial, fingerprint
 
 torch.set_num_threads(1)
+ROW = dict.fromkeys(evidence.ALWAYS)
 UP = Part("accuracy", "superior", smallest=0.05)
 SAME = Part("accuracy", "non-inferior", margin=0.03)
 
@@ -119,7 +120,18 @@ def run(path: Path, **options: Any) -> dict[str, Any]:
         (('"smallest": 0.1', '"margin": 0.1'), "needs smallest"),
         (('"n": 60', '"n": 60, "seeds": 5'), "three students"),
         (('"unit": "student"', '"unit": "training", "seeds": 2'), "training seeds"),
-        (('"test": "superior"', '"test": "better"'), "superior or non-inferior"),
+        (('"test": "superior"', '"test": "better"'), "'test' is 'better'.*superior.*non-inferior"),
+        (('"n": 60', '"n": "60"'), "'n' is '60', and should be int"),
+        (('"n": 60', '"n": True'), "'n' is True"),
+        (('"n": 60', '"n": 60, "levels": 1'), "'levels' is 1"),
+        (('"n": 60', '"n": 60, "tasks": "roll"'), "'tasks' is 'roll'"),
+        (('"n": 60', '"n": 60, "grid": {"x": 3}'), "'grid' is"),
+        (('"n": 60', '"n": 60, "grid": {"x": []}'), "grid 'x' has no values"),
+        (('"n": 60', '"n": 60, "scales": {"smoke": 3}'), "'scales' is"),
+        (("[0.1, 0.9]", "0.1"), "'gates' is"),
+        (("[0.1, 0.9]", "[0.1]"), r"gate 'not all right' is \[lowest, highest\]"),
+        (('{"pick": "first"}', '"first"'), "'comparator' is 'first'"),
+        (('[{"name": "accuracy", "test": "superior", "smallest": 0.1}]', '["accuracy"]'), "should be a dict"),
     ],
 )
 def test_a_claim_that_cannot_be_registered_says_why(tmp_path, change, told):
@@ -241,18 +253,32 @@ def test_levels_weigh_the_same_whatever_their_size():
 
 def test_a_torn_last_line_costs_itself_alone(tmp_path):
     path = tmp_path / "results" / "key.jsonl"
-    evidence.append(path, {"run": 1, "says": "lines of a PDF\u2028and a terminal\x85"})
+    evidence.append(path, ROW | {"run": 1, "says": "lines of a PDF\u2028and a terminal\x85"})
     with path.open("a") as file:
         file.write('{"run": 2, "verd')  # killed in the middle of a write
     assert [r["run"] for r in evidence.read(path)] == [1]
-    evidence.append(path, {"run": 3})
+    evidence.append(path, ROW | {"run": 3})
     assert [r["run"] for r in evidence.read(path)] == [1, 3]
+    for strange in ("{}", "3"):
+        path.write_text(strange)
+        with pytest.raises(ThriftyError, match=r"key\.jsonl, line 1: a run that has no 'scale'"):
+            evidence.read(path)
+
+
+def test_where_no_run_can_be_kept_is_told_before_any_work(project):
+    Path("file").touch()
+    Path("results/surest.jsonl").mkdir(parents=True)
+    for place in ("file", "file/below", "results"):
+        done = CliRunner().invoke(main, ["surest", "--results", place])
+        assert isinstance(done.exception, ThriftyError)
+        assert "runs cannot be kept there" in str(done.exception)
+    assert not Path("runs").exists()
 
 
 def test_runs_that_end_at_once_leave_whole_lines(tmp_path):
     path = tmp_path / "key.jsonl"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: evidence.append(path, {"run": i, "pad": "x" * 5000}), range(64)))
+        list(pool.map(lambda i: evidence.append(path, ROW | {"run": i, "pad": "x" * 5000}), range(64)))
     assert sorted(r["run"] for r in evidence.read(path)) == list(range(64))
 
 
@@ -391,7 +417,40 @@ def test_confirm_problems_follow_from_the_registered_content(project):
     project.write_text(project.read_text().replace("    def solve", "    # a comment\n    def solve"))
     assert first == hashes()
     project.write_text(project.read_text().replace('"smallest": 0.1', '"smallest": 0.11'))
-    assert not set(first) & set(hashes())
+    other = hashes()
+    assert not set(first) & set(other)
+    commit(project)
+    assert not set(other) & set(hashes()), "a look before registering is not at the problems that decide"
+
+
+def test_figures_are_those_of_the_answers_that_the_claim_returns(project):
+    later = "        trial.solve(type(trial.method)(pick='surest'), trial.problems())\n        trial.gate("
+    project.write_text(project.read_text().replace("        trial.gate(", later))
+    made = run(project)
+    for arm, figures in made["figures"].items():
+        assert [f["accuracy"] for f in figures] == [u[arm]["accuracy"]["mean"] for u in made["units"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "told"),
+    [
+        ("'placebo': 'bogus'", {}, "no placebo 'bogus'; solve.search has choice"),
+        ("'oracle': 'none: why'", {"control": "oracle"}, "has no oracle: none: why"),
+        ("'settings': {'kk': 5}", {}, "CLAIM's settings: .*'kk'; Surest has pick"),
+        ("'placebo': {'key': 'self-consistency', 'kk': 5}", {}, "CLAIM's placebo: .*'kk'; SelfConsistency has k"),
+    ],
+)
+def test_what_a_claim_names_and_nothing_takes_is_told_before_any_work(project, change, options, told):
+    project.write_text(project.read_text().replace('"n": 60', f'"n": 60, {change}'))
+    with pytest.raises(ThriftyError, match=told):
+        run(project, scale="smoke", **options)
+    assert not Path("results").exists()
+
+
+def test_one_number_for_all_problems_is_refused_where_problems_decide(project):
+    project.write_text(project.read_text().replace('{"accuracy": right}', '{"accuracy": 0.5}'))
+    with pytest.raises(ThriftyError, match=r"returned 0\.5 for accuracy: .*a value per problem"):
+        run(project, scale="smoke")
 
 
 def test_finished_work_is_not_done_again(project, monkeypatch):
@@ -432,8 +491,9 @@ def test_a_gate_that_nobody_measures_is_an_error_and_a_failed_one_names_itself(p
     assert made["verdict"] == "not carried"
     assert "not all right" in made["why"]
     project.write_text(text.replace('trial.arm == "comparator"', "False"))
-    with pytest.raises(ThriftyError, match="not all right"):
-        run(project)
+    for scale in ("smoke", "tiny"):
+        with pytest.raises(ThriftyError, match="not all right"):
+            run(project, scale=scale)
 
 
 def test_claims_share_the_samples_of_the_bank(project, monkeypatch):

@@ -155,7 +155,8 @@ def test_the_longest_claims_begin_first_and_those_of_which_nothing_is_known_befo
     for key, seconds in {"short": 5, "crashed": None, "long": 60, "middle": 7, "unknown": None}.items():
         path, error = tmp_path / f"{key}.jsonl", {"error": "it broke"} if key == "crashed" else {}
         if key != "unknown":
-            path.write_text(json.dumps({"scale": "tiny", "control": None, "seconds": seconds or 90, **error}))
+            row = dict.fromkeys(evidence.ALWAYS) | {"scale": "tiny", "seconds": seconds or 90, **error}
+            path.write_text(json.dumps(row))
         runs.append(reproduce._Runs(key, replace(method, key=key), path, iter([(None, 1)])))
     submitted = Submitted()
     list(reproduce._away(submitted, runs, "tiny", False, tmp_path))

@@ -138,6 +138,8 @@ def reproduce(
             "the settings that take the information away ('placebo': {...}), or 'placebo': 'none: why'"
         )
     path = (results or evidence.results_folder(method.path)) / f"{method.key}.jsonl"
+    _check(method, claim, control)
+    commit, code = _commit(evidence.files(method.path)), evidence.code_hash(method.path)
     record: dict[str, Any] = {
         "key": method.key,
         "family": method.family,
@@ -149,16 +151,19 @@ def reproduce(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "claim": digest(claim.text),
         "registered": json.loads(claim.text),
-        "code": evidence.code_hash(method.path),
+        "code": code,
         "source": evidence.source_hash(method.path),
         "beside": _beside(claim),
         "lab": evidence.lab_hash(),
-        "commit": _commit(evidence.files(method.path)),
+        "commit": commit,
         "settings": {"method": claim.settings, "comparator": claim.comparator},
     }
+    # Test problems follow from what is registered: a look before that, at a file not yet committed, is at others.
+    secret = f"{claim.text}/{code}" + ("" if commit else "/not registered")
+    dev, progress = dev or scale == "smoke", progress or Progress()
     started = time.monotonic()
     try:
-        run = _Run(method, claim, scale, control, dev or scale == "smoke", cache, progress or Progress(), stream, pool)
+        run = _Run(method, claim, scale, control, dev, cache, secret, progress, stream, pool)
         record |= run.everything()
     except BaseException as error:
         record["error"] = "".join(traceback.format_exception_only(error)).strip()
@@ -177,6 +182,7 @@ class _Run:
     control: str | None
     dev: bool
     cache: Path
+    secret: str
     progress: Progress
     stream: int
     pool: Executor | None
@@ -218,10 +224,10 @@ class _Run:
             "tuning": tuning,
             "verdict": None,
         }
-        if self.scale == "smoke":
-            return found
         if missing := set(claim.gates) - set(gates):
             raise ThriftyError(f"{self.method.path}: claim(trial) measured no gate {', '.join(sorted(missing))}")
+        if self.scale == "smoke":
+            return found
         parts = [judge(p, claim.unit, effects[p.name], strata) for p in claim.parts]
         verdict, why = decide(claim, parts, gates)
         return found | {"verdict": verdict, "why": why, "parts": [dataclasses.asdict(p) for p in parts]}
@@ -240,9 +246,8 @@ class _Run:
     def _arm(self, arm: str, unit: int, tuning: bool = False, **changes: Any) -> dict[str, Any]:
         """Run ``claim(trial)`` for one arm in one unit."""
         control = self.control if arm == "method" and not tuning and self.control != "aa" else None
-        code = evidence.code_hash(self.method.path)
         trial = Trial(
-            self.claim, arm, unit, self.scale, self.cache, f"{self.claim.text}/{code}", self.dev or tuning, tuning,
+            self.claim, arm, unit, self.scale, self.cache, self.secret, self.dev or tuning, tuning,
             progress=self.progress, **changes,
         )  # fmt: skip
         trial.method = _method(self.method, self.claim, arm, control, trial)
@@ -253,6 +258,13 @@ class _Run:
         got = dict(measure(trial))
         if missing := {p.name for p in self.claim.parts} - set(got):
             raise ThriftyError(f"{self.method.path}: claim(trial) returned nothing for {', '.join(sorted(missing))}")
+        for part in self.claim.parts if self.claim.unit == "student" else ():
+            if np.ndim(got[part.name]) != 1:
+                raise ThriftyError(
+                    f"{self.method.path}: claim(trial) returned {got[part.name]!r:.60} for {part.name}: where the unit "
+                    "is the student, give a value per problem"
+                )
+        trial.settle(got)
         return {
             **got,
             "arm": arm,
@@ -316,28 +328,47 @@ def why_not(method: registry.Method, claim: Claim, control: str) -> str | None:
     return table if isinstance(table, str) else None
 
 
+def _check(method: registry.Method, claim: Claim, control: str | None) -> None:
+    """Raise ThriftyError, before any work, for a control that there is not and for settings that nothing takes."""
+    if control and (reason := why_not(method, claim, control)):
+        raise ThriftyError(f"{method.key} ({method.family}) has no {control}: {reason}")
+    _made(method, claim.settings, "settings")
+    if claim.comparator is not None:
+        _made(method, claim.comparator, "comparator")
+    for name, own, tables in (
+        ("placebo", claim.placebo, controls.PLACEBOS),
+        ("oracle", claim.oracle, controls.ORACLES),
+    ):
+        table = tables.get(method.family, ())
+        if isinstance(own, Mapping):
+            _made(method, own if "key" in own else {**claim.settings, **own}, name)
+        elif own and not own.startswith("none") and (isinstance(table, str) or own not in table):
+            known = "none" if isinstance(table, str) else ", ".join(table) or "none"
+            raise ThriftyError(f"{method.path}: no {name} '{own}'; {method.family} has {known}")
+
+
+def _made(method: registry.Method, settings: Mapping[str, Any], what: str) -> Any:
+    """The method with other settings, or the one that they name by ``key``."""
+    cls = registry.load(settings["key"]) if "key" in settings else registry.method_class(method)
+    try:
+        return cls(**{name: value for name, value in settings.items() if name != "key"})
+    except TypeError as error:
+        names = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise ThriftyError(f"{method.path}: CLAIM's {what}: {error}; {cls.__name__} has {names or 'none'}") from error
+
+
 def _method(method: registry.Method, claim: Claim, arm: str, control: str | None, trial: Trial) -> Any:
     """The object that a claim uses: the comparator, the method, or the control that takes its place."""
-
-    def made(settings: Mapping[str, Any]) -> Any:
-        fields = {k: v for k, v in settings.items() if k != "key"}
-        cls = registry.load(settings["key"]) if "key" in settings else registry.method_class(method)
-        return cls(**fields)
-
     if arm == "comparator":
-        return None if claim.comparator is None else made(claim.comparator)
+        return None if claim.comparator is None else _made(method, claim.comparator, "comparator")
     if control is None:
-        return made(claim.settings)
-    if reason := why_not(method, claim, control):
-        raise ThriftyError(f"{method.key} ({method.family}) has no {control}: {reason}")
+        return _made(method, claim.settings, "settings")
     own = claim.placebo if control == "placebo" else claim.oracle
     if isinstance(own, Mapping):
-        return made(own if "key" in own else {**claim.settings, **own})
+        return _made(method, own if "key" in own else {**claim.settings, **own}, control)
     table = (controls.PLACEBOS if control == "placebo" else controls.ORACLES)[method.family]
     assert not isinstance(table, str)
-    if own and own not in table:
-        raise ThriftyError(f"{method.path}: no {control} '{own}'; {method.family} has {', '.join(table)}")
-    return table[own or next(iter(table))](made(claim.settings), trial.task(), trial.fresh)
+    return table[own or next(iter(table))](_made(method, claim.settings, "settings"), trial.task(), trial.fresh)
 
 
 def _summary(claim: Claim, got: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from thrifty.contracts import ThriftyError
 
@@ -61,7 +62,7 @@ class Claim:
     """Of the method under test, where they are not its defaults."""
     seeds: int = 3
     """Units: students (at most three ship), or training seeds."""
-    student: str = "long"
+    student: str | None = "long"
     levels: tuple[int, ...] | None = None
     match: str = ""
     """What is made equal, in words; the claim's code does it."""
@@ -111,12 +112,36 @@ def read_claim(path: Path) -> Claim | None:
 
 def _check(path: Path, what: str, given: Mapping[str, Any], record: type) -> None:
     known = {f.name: f for f in fields(record) if f.name != "text"}
-    for name in given:
+    if not isinstance(given, dict):
+        raise ThriftyError(f"{path}: {what} is {given!r:.60}, and should be a dict with {', '.join(known)}.")
+    hints = get_type_hints(record)
+    for name, value in given.items():
         if name not in known:
             raise ThriftyError(f"{path}: {what} has no field '{name}'; it has {', '.join(known)}.")
+        if not _fits(value, hints[name]):
+            wanted = str(known[name].type).replace("Mapping", "dict").replace("Sequence", "list")
+            raise ThriftyError(f"{path}: {what}: '{name}' is {value!r:.60}, and should be {wanted}.")
     for name, spec in known.items():
         if name not in given and spec.default is MISSING and spec.default_factory is MISSING:
             raise ThriftyError(f"{path}: {what} lacks '{name}'.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a literal is of a field's type: a whole number is a float too, a list a tuple, a dict a record."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if kind is Any or is_dataclass(kind):
+        return True
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind in (Sequence, tuple):
+        return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
+    if kind is Mapping:
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def _judge(path: Path, claim: Claim) -> None:
@@ -129,6 +154,8 @@ def _judge(path: Path, claim: Claim) -> None:
             wrong.append(f"part '{part.name}': test is superior or non-inferior, on difference or log ratio")
         if part.better not in ("higher", "lower"):
             wrong.append(f"part '{part.name}': better is higher or lower")
+    wrong += [f"gate '{name}' is [lowest, highest]" for name, bounds in claim.gates.items() if len(bounds) != 2]
+    wrong += [f"grid '{name}' has no values" for name, values in claim.grid.items() if not values]
     if not claim.parts or claim.n < 1 or claim.seeds < 1 or claim.unit not in ("student", "training"):
         wrong.append("it needs parts, n and seeds of at least 1, and unit student or training")
     if claim.unit == "student" and claim.seeds > 3:
@@ -216,6 +243,10 @@ def results_folder(path: Path) -> Path:
     return shipped if shipped.is_dir() else PACKAGE.parents[1] / "results"
 
 
+ALWAYS = ("scale", "control", "seconds", "code", "source", "claim", "registered", "commit")
+"""What every run on record has, a crashed one too."""
+
+
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line, in one write, on disk when this returns. A torn last line of a killed run is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,16 +263,31 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All runs in the order in which they ended; a line that a killed run left torn is passed over."""
+    """All runs in the order in which they ended; a line that a killed run left torn is passed over.
+
+    Raises ThriftyError for a whole line that is no run.
+    """
     found = []
-    for line in path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ():
+    lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ()
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
-            found.append(record)
+        if missing := [name for name in ALWAYS if not isinstance(record, dict) or name not in record]:
+            raise ThriftyError(
+                f"{path}, line {number}: a run that has no '{missing[0]}'; restore the line, or remove it if it is no "
+                "run's"
+            )
+        found.append(record)
     return found
+
+
+def writable(path: Path) -> None:
+    """Raise ThriftyError where no run could be appended to ``path``; told before a run, which would be lost."""
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK) or place.is_dir() == (place == path):
+        raise ThriftyError(f"{path}: runs cannot be kept there, since {place} is in the way or may not be written to")
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class Trial:
     """The ids of these problems."""
     figures: dict[str, float] = field(default_factory=dict)
     """What the arm was like and cost, for the board: see ``figure``."""
+    looks: list[tuple[list[float], dict[str, float]]] = field(default_factory=list)
+    """What was right at each look at the claim's own problems, and the arm's figures by it."""
 
     @property
     def n(self) -> int:
@@ -103,7 +105,7 @@ class Trial:
 
     def asset(self, name: str | None = None) -> str:
         """Folder of the student called ``name`` (none: the claim's): this unit's own where the unit is the student."""
-        name = name or self.claim.student
+        name = name or self.claim.student or ""
         if Path(name).is_dir():
             return name
         return str(assets.find(f"{name}-{self.unit}" if self.claim.unit == "student" else name))
@@ -224,12 +226,22 @@ class Trial:
         """
         usages = [o.usage for o in outcomes]
         right = [float(o.grade.right) for o in outcomes]
-        self.figure("accuracy", float(np.mean(right)))
-        self.figure("thought_tokens", float(np.mean([u.thought for u in usages])))
-        self.figure("generated_tokens", float(np.mean([u.generated for u in usages])))
-        self.figure("flops", 2.0 * _parameters(self.asset()) * float(np.mean([u.prompt + u.generated for u in usages])))
-        self.figure("seconds", float(np.mean([u.seconds for u in usages])))
+        figures = {
+            "accuracy": float(np.mean(right)),
+            "thought_tokens": float(np.mean([u.thought for u in usages])),
+            "generated_tokens": float(np.mean([u.generated for u in usages])),
+            "flops": 2.0 * _parameters(self.asset()) * float(np.mean([u.prompt + u.generated for u in usages])),
+            "seconds": float(np.mean([u.seconds for u in usages])),
+        }
+        self.figures |= figures
+        self.looks.append((right, figures))
         return {"tokens": [float(max(1, u.generated)) for u in usages], "accuracy": right}
+
+    def settle(self, got: Mapping[str, Any]) -> None:
+        """Figures by the answers that the claim returned, where it looked at others afterwards, for a gate say."""
+        for right, figures in self.looks:
+            if right == list(got.get("accuracy", ())):
+                self.figures |= figures
 
     def elsewhere(self, strategy: Any, task: str = "rg:string_splitting", **how: Any) -> None:
         """Notes what the arm comes to on a family whose chains are not ours, as every claim to save tokens reports."""

@@ -69,6 +69,8 @@ def main(
     runs: list[_Runs] = []
     for number, method in enumerate(found, 1):
         path = (results or evidence.results_folder(method.path)) / f"{method.key}.jsonl"
+        if not plan:
+            evidence.writable(path)
         if scale != "smoke" and not dev and (claim := evidence.read_claim(method.path)) is not None:
             evidence.unamended(method.path, claim, evidence.read(path))
         left = _left(method, path, "dev" if dev and scale != "smoke" else scale, which, repeat, asked=not everything)
