@@ -154,6 +154,25 @@ def test_figures_are_those_that_an_axis_can_show():
     assert records.figures(row, "comparator") == {}, "what the record does not hold is not there"
 
 
+def test_figures_of_other_answers_than_those_judged_are_left_out():
+    row = record(KEY)
+    judged = [u["comparator"]["accuracy"]["mean"] for u in row["units"]]
+    row["figures"]["comparator"][1] |= {"accuracy": judged[1] + 0.3, "seconds": 9.0}
+    assert records.figures(row, "comparator") == {"accuracy": judged, "trained_parameters": [7e5] * 3}
+    assert records.figures(row, "method")["thought_tokens"], "the other arm's stand"
+    row = record(KEY)
+    tokens = [u["method"]["tokens"]["mean"] for u in row["units"]]
+    for unit, spent in zip(row["figures"]["method"], tokens, strict=True):
+        unit["generated_tokens"] = spent + 2
+    assert records.figures(row, "method")["generated_tokens"], "the claim counts thinking tokens"
+    for unit in row["figures"]["method"]:
+        unit["thought_tokens"] *= 3
+    assert set(records.figures(row, "method")) == {"accuracy", "trained_parameters"}
+    for unit in row["units"]:
+        unit["method"] = {"loss": {"mean": 1.0, "n": 9}}
+    assert records.figures(row, "method")["generated_tokens"], "nothing is said against them"
+
+
 # ------------------------------------------------------------------------------------------------ the data
 
 
@@ -308,3 +327,64 @@ def test_the_board_in_a_browser(page):
         assert tab.evaluate("window.pwned") is None
         assert not tab.problems
         assert not tab.requests
+
+
+@needs_chromium
+def test_what_a_filter_hides_makes_nothing_else_better(results, stranger, tmp_path):
+    copy = tmp_path / "results"
+    copy.mkdir()
+    for path in results.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    lone = record("trimr", 0.1)
+    for unit in lone["figures"]["comparator"]:
+        del unit["trained_parameters"]
+    evidence.append(copy / "trimr.jsonl", lone)
+    page, _ = write_board(tmp_path / "board.html", copy, [stranger])
+    with browser() as launched:
+        tab = open_page(launched, page)
+
+        def best() -> set[str]:
+            return set(tab.eval_on_selector_all("#board th:has(.pareto) a", "all => all.map(a => a.textContent)"))
+
+        # the Pareto set is that of the work
+        front = best()
+        assert front
+        assert "their-method" not in front, "not carried"
+        line = "document.querySelector('#chart .front') !== null"
+        stepped = tab.evaluate(line)
+        for key in (KEY, "c3ot", "trimr", "their-method"):
+            tab.fill("#search", key)
+            assert best() == front & {key}, key
+            assert tab.evaluate(line) == stepped
+        tab.fill("#search", "")
+        # an axis says how many methods it draws
+        for work in tab.eval_on_selector_all("#work option", "all => all.map(o => o.value)"):
+            tab.select_option("#work", work)
+            for axis in ("thought_tokens", "trained_parameters", "flops"):
+                tab.select_option("#axis", axis)
+                points = tab.eval_on_selector_all("#chart a.point", "all => all.map(a => a.ariaLabel)")
+                some = sum("the comparator of" not in point for point in points)
+                assert tab.inner_text(f"#axis option[value={axis}]").endswith(f"({some})"), (work, axis)
+        assert some == 0
+        # a status that hides all that fits is named
+        tab.select_option("#family", "survey")
+        assert "“missing” (" in tab.inner_text("#nothing")
+        tab.fill("#search", "no such method")
+        assert tab.inner_text("#nothing") == "No method fits these filters."
+        # a change that rounds to nothing
+        changes = tab.evaluate("[0.998, 1, 1.02, 0.5].map(change)")
+        assert changes == ["±0\xa0%", "±0\xa0%", "+2\xa0%", "−50\xa0%"]
+        assert tab.evaluate("[-0.0002, -0.02].map(points)") == ["±0.0\xa0points", "−2.0\xa0points"]
+        # the paper's words have room, the table scrolls by itself
+        assert tab.locator("thead th.headline").bounding_box()["width"] > 150
+        tab.set_viewport_size({"width": 900, "height": 800})
+        assert tab.locator("thead th.headline").bounding_box()["width"] > 150
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 900
+        # only controls that the method has
+        tab.goto(page.as_uri() + "#/method/c3ot")
+        tab.wait_for_selector(".page h1")
+        text = tab.text_content("#method")
+        assert "--control placebo" in text
+        assert "--control aa" in text
+        assert "oracle" not in text
+        assert not tab.problems

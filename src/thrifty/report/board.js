@@ -25,8 +25,13 @@ function number(value) {
 }
 const signed = (value) => (value > 0 ? "+" : "") + number(value);
 const percent = (share) => (known(share) ? minus(`${(share * 100).toFixed(1)}\u00a0%`) : "–");
-const points = (share) => minus(`${share > 0 ? "+" : ""}${(share * 100).toFixed(1)}\u00a0points`);
-const change = (ratio) => (ratio >= 2 ? `×\u00a0${number(ratio)}` : minus(`${ratio > 1 ? "+" : ""}${((ratio - 1) * 100).toFixed(0)}\u00a0%`));
+// A difference with its sign; one that rounds to nothing has none: "±0".
+function differing(value, digits) {
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? `±${text.replace("-", "")}` : minus(`${value > 0 ? "+" : ""}${text}`);
+}
+const points = (share) => `${differing(share * 100, 1)}\u00a0points`;
+const change = (ratio) => (ratio >= 2 ? `×\u00a0${number(ratio)}` : `${differing((ratio - 1) * 100, 0)}\u00a0%`);
 const mean = (values) => (values && values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 

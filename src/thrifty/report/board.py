@@ -196,7 +196,7 @@ def _run(record: Record) -> dict[str, Any]:
     row = record.row
     names = (
         *("scale", "control", "time", "verdict", "why", "error", "seconds", "code", "source", "claim", "lab", "commit"),
-        *("settings", "parts", "units", "gates", "notes", "seeds", "problems", "figures"),
+        *("settings", "parts", "units", "gates", "notes", "seeds", "problems", "controls"),
     )
     shown = {name: row[name] for name in names if row.get(name) not in (None, {}, [], "")}
     more = {"where": record.where, "added": record.added, "registered": _registered(row)}

@@ -23,10 +23,11 @@ function pointsOf(shown, work, axis) {
   return found;
 }
 
-// Points that no other beats in both; runs that don't count have no say.
+// Points that no other beats in both; runs that don't count, or say nothing about the paper, have no say.
+const speaks = (p) => !p.hollow && !["not carried", "stale"].includes(p.method.status);
 function paretoOf(found) {
   let best = -Infinity;
-  return found.filter((p) => !p.hollow).sort((a, b) => a.x.value - b.x.value || b.y.value - a.y.value)
+  return found.filter(speaks).sort((a, b) => a.x.value - b.x.value || b.y.value - a.y.value)
     .filter((p) => p.y.value > best && ((best = p.y.value), true));
 }
 
@@ -55,7 +56,9 @@ function scaleOf(values, size, { log, zero, pad, wanted, ticks }) {
 
 function frontier(place, shown, work, axis) {
   const found = pointsOf(shown, work, axis);
-  const pareto = paretoOf(found);
+  // of everything on this work: a filter hides points, it does not make those that are left any better
+  const front = paretoOf(pointsOf(board.methods, work, axis));
+  const pareto = found.filter((p) => speaks(p) && front.some((f) => f.x.value === p.x.value && f.y.value === p.y.value));
   place.replaceChildren();
   if (!found.length) {
     place.append(element("p", { class: "empty" }, "Nothing to draw: no method that fits the filters has both accuracy and this cost on record."));
@@ -65,8 +68,8 @@ function frontier(place, shown, work, axis) {
   const edge = { left: narrow ? 46 : 60, right: narrow ? 12 : 24, top: 14, bottom: 46 };
   const [w, h] = [width - edge.left - edge.right, height - edge.top - edge.bottom];
   const relative = work === ALL;
-  const xs = found.flatMap((p) => [p.x.low, p.x.high, ...(p.from ? [p.from[0]] : [])]).concat(relative ? [1] : []);
-  const ys = found.flatMap((p) => [p.y.low, p.y.high, ...(p.from ? [p.from[1]] : [])]).concat(relative ? [0] : []);
+  const xs = found.flatMap((p) => [p.x.low, p.x.high, ...(p.from ? [p.from[0]] : [])]).concat(front.map((p) => p.x.value), relative ? [1] : []);
+  const ys = found.flatMap((p) => [p.y.low, p.y.high, ...(p.from ? [p.from[1]] : [])]).concat(front.map((p) => p.y.value), relative ? [0] : []);
   const log = relative || (Math.min(...xs) > 0 && Math.max(...xs) > 30 * Math.min(...xs));
   const x = scaleOf(xs, w, { log, zero: true, pad: 0.08, wanted: narrow ? 4 : 8, ticks: relative ? [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100] : null });
   const y = scaleOf(ys, h, { pad: 0.12, wanted: narrow ? 5 : 7 });
@@ -84,8 +87,8 @@ function frontier(place, shown, work, axis) {
       drawn("text", { x: edge.left - 8, y: py(t) + 4, "text-anchor": "end" }, relative ? minus(`${t > 0 ? "+" : ""}${+(t * 100).toFixed(2)}`) : `${+(t * 100).toFixed(1)} %`));
   back.append(drawn("text", { x: edge.left + w / 2, y: height - 6, "text-anchor": "middle", class: "axis" },
     (relative ? `${board.axes[axis]}, against the comparator` : board.axes[axis]) + (log && !relative ? " (logarithmic)" : "")));
-  if (pareto.length > 1) {
-    const steps = pareto.map((p, i) => (i ? `H${px(p.x.value)}V${py(p.y.value)}` : `M${px(p.x.value)} ${py(p.y.value)}`)).join("");
+  if (front.length > 1) {
+    const steps = front.map((p, i) => (i ? `H${px(p.x.value)}V${py(p.y.value)}` : `M${px(p.x.value)} ${py(p.y.value)}`)).join("");
     lines.append(drawn("path", { d: steps, class: "front" }));
   }
   const boxes = found.map((p) => [px(p.x.value) - 8, py(p.y.value) - 8, px(p.x.value) + 8, py(p.y.value) + 8]);

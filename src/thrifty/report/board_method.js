@@ -75,7 +75,8 @@ function effectsOf(method, run, claim) {
         ["it would take", part.needed === null ? "more would not settle it: it holds on average, not on every student" : part.held || part.refuted || !part.needed ? null : `about ${number(part.needed)}`],
         ["so this part", part.held ? "holds" : part.refuted ? "is refuted" : "is undecided"]]));
   });
-  const controls = Object.entries(method.controls).map(([name, control]) => [name,
+  const has = ["aa", ...controlsOf(run, claim)];
+  const controls = Object.entries(method.controls).filter(([name, control]) => has.includes(name) || control.runs.length).map(([name, control]) => [name,
     control.runs.length ? element("span", {}, control.runs.map((i) => method.runs[i].verdict || "no verdict").join(", ")) : "not run",
     { placebo: "must not hold", oracle: "must hold, for a refutation to count", aa: "must differ by chance alone" }[name],
     control["called for"] ? "yes" : "no"]);
@@ -111,14 +112,25 @@ function tunedTo(run) {
   return run && run.tuned && Object.entries(run.tuned).map(([arm, text]) => `${arm}: ${text}`).join("; ");
 }
 
+// The controls that the run called its own; of a claim that has not been run, those that it names.
+function controlsOf(run, claim) {
+  if (run) return run.controls || [];
+  return ["placebo", "oracle"].filter((name) => claim && claim[name] && !`${claim[name]}`.startsWith("none"));
+}
+
 function registeredOf(method, run, claim) {
-  const control = (given, usual) => (typeof given === "string" ? given || usual : given && Object.keys(given).length ? settingsOf(given) : usual);
+  const has = controlsOf(run, claim);
+  const control = (name) => {
+    const given = claim[name], none = typeof given === "string" && given.startsWith("none");
+    if (!has.includes(name)) return none ? given : null;
+    return typeof given === "string" ? given || "the family's" : given && Object.keys(given).length ? settingsOf(given) : "the family's";
+  };
   const table = (given) => Object.entries(given || {}).map(([name, values]) => `${name}: ${values.map(written).join(", ")}`).join("; ");
   return section("What is registered", run && !run.registered ? paragraph("The claim was amended after the run that is drawn; this is the one of today.", "note") : null, facts([
     ["method", settingsOf(claim.settings)], ["comparator", claim.comparator ? settingsOf(claim.comparator) : "no method"], ["made equal", claim.match],
     ["tasks", (claim.tasks || []).join(", ")], ["levels", claim.levels && claim.levels.join(", ")], ["student", claim.student], ["problems per unit", number(claim.n)],
     ["units", `${claim.seeds} ${claim.unit === "training" ? "training seeds" : "students"}`], ["tuned on development problems", table(claim.grid)], ["tuned to", tunedTo(run)],
-    ["placebo", control(claim.placebo, "the family's")], ["oracle", control(claim.oracle, "the family's")], ["amendments", (claim.amendments || []).join("; ")],
+    ["placebo", control("placebo")], ["oracle", control("oracle")], ["amendments", (claim.amendments || []).join("; ")],
   ]));
 }
 
@@ -150,6 +162,6 @@ function againOf(method) {
   const lines = [...(run && run.commit && counts(method) ? [`git checkout ${run.commit}   # the state that was registered`] : []),
     `thrifty reproduce ${method.key}   # the confirm run, then the controls that its verdict calls for`,
     `thrifty reproduce ${method.key} --scale smoke   # a minute or two, no verdict`,
-    ...["aa", "placebo", "oracle"].map((name) => `thrifty reproduce ${method.key} --control ${name}`)];
+    ...["aa", ...controlsOf(run, method.claim)].map((name) => `thrifty reproduce ${method.key} --control ${name}`)];
   return section("Run it again", element("pre", { tabindex: "0" }, lines.join("\n")));
 }

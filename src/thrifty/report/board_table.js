@@ -43,20 +43,22 @@ function rowOf(method) {
 }
 
 const ticked = () => new Set([...$("statuses").querySelectorAll("input:checked")].map((box) => box.value));
-function fits(method, statuses) {
+function matches(method) {
   const words = $("search").value.trim().toLowerCase().split(/\s+/), text = `${method.key} ${method.title}`.toLowerCase();
-  return statuses.has(method.status) && words.every((word) => text.includes(word))
+  return words.every((word) => text.includes(word))
     && (!$("family").value || method.family === $("family").value) && (!$("saves").value || method.saves.includes($("saves").value));
 }
 
 function draw() {
-  const statuses = ticked(), shown = board.methods.filter((m) => fits(m, statuses));
+  const statuses = ticked(), shown = board.methods.filter((m) => statuses.has(m.status) && matches(m));
   const work = $("work").value, axis = $("axis").value;
+  for (const option of $("axis").options)
+    option.textContent = `${board.axes[option.value]} (${pointsOf(board.methods, work, option.value).filter((p) => p.kind !== "comparator").length})`;
   const name = board.axes[axis];
   $("chart-title").textContent = work === ALL ? `Change of accuracy against change of ${name}` : `Accuracy against ${name}`;
   $("chart-lead").textContent = work === ALL
     ? "Each method against its own comparator, whatever it was measured on: up and to the left is better."
-    : "Up and to the left is better. Bars reach from the lowest to the highest student or seed; a thin line joins a method with its comparator; the stepped line is the Pareto set.";
+    : "Up and to the left is better. Bars reach from the lowest to the highest student or seed; a thin line joins a method with its comparator; the stepped line is the Pareto set of all of them, whatever is filtered.";
   const { found, pareto } = frontier($("chart"), shown, work, axis);
   state.pareto = new Set(pareto.filter((p) => p.kind !== "comparator").map((p) => p.method));
   const kinds = [...ORDER, "comparator"].filter((kind) => found.some((p) => p.kind === kind));
@@ -79,12 +81,21 @@ function table(shown) {
   const body = $("board").tBodies[0];
   body.replaceChildren(...keyed.map(([, m]) => rowOf(m)));
   $("nothing").hidden = shown.length > 0;
+  if (!shown.length) $("nothing").textContent = nothing();
   $("board").querySelectorAll("thead th").forEach((th) => {
     if (th.dataset.column === "cost") th.firstChild.textContent = capital(board.axes[$("axis").value]);
     th.removeAttribute("aria-sort");
     if (th.dataset.column === state.sort) th.setAttribute("aria-sort", state.ascending ? "ascending" : "descending");
   });
   $("sort").value = state.sort;
+}
+// Why no method is shown, with the statuses that hide some.
+function nothing() {
+  const found = board.methods.filter(matches);
+  const hidden = [...new Set([...ORDER, ...board.statuses])].map((status) => [status, found.filter((m) => m.status === status).length]).filter(([, some]) => some);
+  return hidden.length
+    ? `No method with a ticked status fits these filters. Tick ${hidden.map(([status, some]) => `“${status}” (${some})`).join(" or ")} under status to show those that do.`
+    : "No method fits these filters.";
 }
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
@@ -104,8 +115,7 @@ function start() {
     const some = board.methods.filter((m) => m.status === status).length;
     if (some) $("statuses").append(element("label", {}, element("input", { type: "checkbox", value: status, checked: status !== "missing" }), badge(status, `${status} ${some}`)));
   }
-  const having = (axis) => board.methods.filter((m) => figure(m, "method", axis) && figure(m, "method", "accuracy")).length;
-  options($("axis"), Object.entries(board.axes).map(([axis, name]) => [axis, `${name} (${having(axis)})`]));
+  options($("axis"), Object.entries(board.axes));
   const works = new Map();
   for (const m of board.methods) if (m.work && figure(m, "method", "accuracy")) works.set(m.work.id, (works.get(m.work.id) || 0) + 1);
   const sorted = [...works].sort((a, b) => b[1] - a[1]);

@@ -207,11 +207,34 @@ def _checked(row: Any, where: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ figures
 
 
+SOLVING = ("accuracy", "thought_tokens", "generated_tokens", "flops", "seconds")
+"""What an arm's figures say of its answers; the rest is of its training."""
+
+
 def figures(row: Mapping[str, Any], arm: str) -> dict[str, list[float]]:
-    """Accuracy and axes -> one figure per unit, of one arm; what the record does not hold is not there."""
+    """Accuracy and axes -> one figure per unit, of one arm; what the record does not hold is not there.
+
+    Figures of other answers than those that were judged (a claim may solve something else last) are left out.
+    """
     units = (row.get("figures") or {}).get(arm) or ()
     columns = {name: [float(unit[name]) for unit in units if name in unit] for name in ("accuracy", *AXES)}
+    judged = [unit[arm] for unit in row["units"]]
+    if any(_contradicts(unit, parts) for unit, parts in zip(units, judged, strict=False)):
+        said = [float(parts["accuracy"]["mean"]) for parts in judged if "accuracy" in parts]
+        columns = {"accuracy": said} | {name: values for name, values in columns.items() if name not in SOLVING}
     return {name: values for name, values in columns.items() if values and all(map(math.isfinite, values))}
+
+
+def _contradicts(unit: Mapping[str, float], parts: Mapping[str, Any]) -> bool:
+    """Whether a unit's figures are not those of the answers that its parts were judged by."""
+
+    def differs(part: str, *names: str) -> bool:
+        # either kind of tokens may be a claim's; where the first is not on record, nothing can be said
+        if part not in parts or names[0] not in unit or not math.isfinite(said := parts[part]["mean"]):
+            return False
+        return not any(math.isclose(unit[name], said, rel_tol=1e-3) for name in names if name in unit)
+
+    return differs("accuracy", "accuracy") or differs("tokens", "generated_tokens", "thought_tokens")
 
 
 def plain(value: Any) -> Any:
