@@ -1,7 +1,12 @@
 """Every card against every check of its family, and the mutants: each is caught, by the check that is meant for it."""
 
 import json
+import os
+import pty
+import select
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +80,7 @@ def test_somebodys_own_method_is_checked_by_key_and_by_file(tmp_path, monkeypatc
         result = run(word)
         assert result.exit_code == 0, result.output
         assert "0 failed" in result.output
+        assert "..." not in result.output
     found = json.loads(run("mine", "--json").output)
     assert (found["method"], found["family"], found["ok"]) == ("mine", "traces.compress", True)
     assert {check["ok"] for check in found["checks"]} == {True}
@@ -93,6 +99,15 @@ def test_somebodys_own_method_is_checked_by_key_and_by_file(tmp_path, monkeypatc
             "cannot import name 'Cart'",
         ),
         (lambda text: text + "\nCARD = Card('mine', 'Another')\n", "its card matches its file", "changed after"),
+        (
+            lambda text: text.replace("year=2026", "year='abc'"),
+            "fields of its card",
+            "year is 'abc': it must be int | N",
+        ),
+        (lambda text: text.replace("year=2026", "year=True"), "fields of its card", "year is True: it must be int | N"),
+        (lambda text: text.replace("year=2026", "arxiv=5"), "fields of its card", "arxiv is 5: it must be str | None"),
+        (lambda text: text.replace("year=2026", "needs=(['score'],)"), "fields of its card", "tuple[str, ...]"),
+        (lambda text: text + "\nraise SystemExit(0)\n", "can be imported", "SystemExit: 0"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(change, check, why, tmp_path, monkeypatch):
@@ -102,6 +117,54 @@ def test_what_is_wrong_with_a_file_is_said(change, check, why, tmp_path, monkeyp
     [failed] = failures([conformance.Result(**one) for one in json.loads(result.output)["checks"]])
     assert check in failed
     assert why in failed
+
+
+def test_a_file_of_another_familys_shape_fails_once_and_is_told_where_it_belongs(tmp_path, monkeypatch):
+    path = Path(write(tmp_path, monkeypatch))
+    moved = tmp_path / "methods" / "solve.search" / path.name
+    moved.parent.mkdir()
+    path.rename(moved)
+    result = run(str(moved), "--json")
+    assert result.exit_code == 1
+    imported, failed = json.loads(result.output)["checks"]
+    assert imported["ok"]
+    assert failed["check"] == "has the verb of its family"
+    for piece in (
+        f"{moved} stands in solve.search: expected solve(problem: Problem, rng: random.Random) -> Talk, but MyMethod ",
+        "has no solve (it has compress)",
+        "the verb of traces.compress: put the file",
+    ):
+        assert piece in failed["why"]
+
+
+def test_a_method_that_ends_the_process_has_failed(tmp_path, monkeypatch):
+    path = write(
+        tmp_path,
+        monkeypatch,
+        lambda text: text.replace("        shorter", "        raise SystemExit(0)\n        shorter"),
+    )
+    result = run(path)
+    assert result.exit_code == 1
+    assert "SystemExit: 0 (line" in result.output
+    result = run(path, "--json")
+    assert result.exit_code == 1
+    assert not json.loads(result.output)["ok"]
+
+
+def test_the_check_that_never_returns_is_on_the_screen(tmp_path, monkeypatch):
+    path = write(tmp_path, monkeypatch, lambda text: text + "\n\nwhile True:\n    pass\n")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "thrifty.cli", "check", path], stdout=theirs)
+    os.close(theirs)
+    try:
+        seen = b""
+        while b"can be imported" not in seen and select.select([ours], [], [], 30)[0]:
+            seen += os.read(ours, 1024)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert b"...    can be imported" in seen
 
 
 def test_a_file_of_another_name_than_its_key(tmp_path, monkeypatch):

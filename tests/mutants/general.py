@@ -37,6 +37,48 @@ class Busy(Sound):
         object.__setattr__(self, "most", self.most * 2)
 
 
+@caught(FAMILY, "its constructor only stores", "__init__ does more than store")
+@dataclass(frozen=True)
+class Constructs(Sound):
+    def __init__(self, most: int = 4000):
+        object.__setattr__(self, "most", most)
+        object.__setattr__(self, "words", sorted(dir(random)))
+
+
+class _Prepares:
+    def __post_init__(self):
+        object.__setattr__(self, "words", sorted(dir(random)))
+
+
+@caught(FAMILY, "its constructor only stores", "__post_init__ does more than store")
+@dataclass(frozen=True)
+class InheritsItsWork(_Prepares, Sound):
+    pass
+
+
+@caught(
+    FAMILY, "has the verb of its family", "has no compress (it has select); what it has is the verb of traces.select"
+)
+@dataclass(frozen=True)
+class SelectsInstead:
+    def select(self, chains, ctx):
+        return [0]
+
+
+@caught(FAMILY, "has the verb of its family", "compress(chains: Sequence[Chain], ctx: Context) -> list[Chain | None]")
+@dataclass(frozen=True)
+class TakesNoContext(Sound):
+    def compress(self, chains):
+        return list(chains)
+
+
+@caught(FAMILY, "has the verb of its family", "has compress(ctx, chains): arguments are given by their place")
+@dataclass(frozen=True)
+class TurnsItsArgumentsRound(Sound):
+    def compress(self, ctx, chains):
+        return list(chains)
+
+
 @caught(FAMILY, "its settings survive json", "has no name to write down")
 @dataclass(frozen=True)
 class Lambda(Sound):

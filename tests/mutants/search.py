@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import itertools
+import random
 from dataclasses import dataclass, field, replace
 
 from mutants import caught, template
-from thrifty.contracts import OutOfBudget, Sample
+from thrifty.contracts import All, OutOfBudget, Sample
 
 FAMILY = "solve.search"
 Sound = template(FAMILY)
@@ -103,6 +105,72 @@ class KnowsTheAnswer(Sound):
     def solve(self, problem, rng):
         traces = yield Sample(problem.prompt, n=4)
         return next((trace for trace in traces if trace.answer == problem.answer), traces[0])
+
+
+@caught(FAMILY, "never looks at the gold answer", "asked for something else")
+@dataclass(frozen=True)
+class TellsTheAnswer(Sound):
+    def solve(self, problem, rng):
+        [trace] = yield Sample(f"{problem.prompt} (the answer is {problem.answer})")
+        return trace
+
+
+@caught(FAMILY, "gives the same result every time", "called twice")
+@dataclass(frozen=True)
+class DrawsItsTemperature(Sound):
+    def solve(self, problem, rng):
+        [trace] = yield Sample(problem.prompt, temperature=random.random())
+        return trace
+
+
+@caught(FAMILY, "gives the same result every time", "called twice")
+@dataclass(frozen=True)
+class DrawsAPieceOfItsPrompt(Sound):
+    def solve(self, problem, rng):
+        [[trace]] = yield All([Sample(problem.prompt + str(random.random()))])
+        return trace
+
+
+_calls = itertools.count(1000)
+
+
+@caught(FAMILY, "gives the same result every time", "called twice")
+@dataclass(frozen=True)
+class CountsItsCalls(Sound):
+    def solve(self, problem, rng):
+        [trace] = yield Sample(problem.prompt, max_tokens=next(_calls))
+        return trace
+
+
+@caught(FAMILY, "gives the same result every time", "bound its rounds")
+@dataclass(frozen=True)
+class NeverEnds(Sound):
+    def solve(self, problem, rng):
+        while True:
+            yield Sample(problem.prompt)
+
+
+@caught(FAMILY, "gives the same result every time", "SystemExit: 0")
+@dataclass(frozen=True)
+class EndsTheProcess(Sound):
+    def solve(self, problem, rng):
+        yield Sample(problem.prompt)
+        raise SystemExit(0)
+
+
+@caught(FAMILY, "has the verb of its family", "solve to be a generator, but AnswersAtOnce's gives a NoneType")
+@dataclass(frozen=True)
+class AnswersAtOnce(Sound):
+    def solve(self, problem, rng):
+        return None
+
+
+@caught(FAMILY, "has the verb of its family", "raises TypeError: cannot unpack")
+@dataclass(frozen=True)
+class ForgetsToYield(Sound):
+    def solve(self, problem, rng):
+        [trace] = Sample(problem.prompt)
+        return trace
 
 
 @caught(FAMILY, "needs what its card says and nothing else", "logprobs")

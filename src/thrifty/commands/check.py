@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,13 @@ def main(method: str, as_json: bool) -> None:
 
     found = conformance.find(method)
     results = []
+    live = not as_json and sys.stdout.isatty()
     if not as_json:
         click.secho(f"{found.key}  {found.family}", bold=True)
-    for result in conformance.check_method(found):
+    for result in conformance.check_method(found, _begin if live else lambda check: None):
         results.append(result)
         if not as_json:
+            click.echo("\r" * live, nl=False)
             _line(result)
     failed = [result for result in results if result.ok is False]
     if as_json:
@@ -44,6 +47,11 @@ def main(method: str, as_json: bool) -> None:
         beside = len(results) - held - len(failed)
         click.echo(f"{held} held, {len(failed)} failed" + (f", {beside} do not apply" if beside else ""))
     click.get_current_context().exit(1 if failed else 0)
+
+
+def _begin(check: str) -> None:
+    """Show which check is being run; its result is written over it."""
+    click.echo(f"  {'...':6} {check}", nl=False)
 
 
 def _line(result: Result) -> None:

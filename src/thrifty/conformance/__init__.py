@@ -123,6 +123,7 @@ def check(*families: str) -> Callable[[Check], Check]:
 
 def checks(family: str) -> list[Check]:
     """The checks of a family, those that all families share first."""
+    importlib.import_module("thrifty.conformance.verbs")  # first: see check_class
     importlib.import_module("thrifty.conformance.general")
     if family in MODULES:
         importlib.import_module(f"thrifty.conformance.{MODULES[family]}")
@@ -133,22 +134,31 @@ def name(function: Check) -> str:
     return function.__name__.replace("_", " ")
 
 
-def check_method(method: registry.Method) -> Iterator[Result]:
-    """Import a method and run every check of its family on it, one result at a time."""
+def check_method(method: registry.Method, begin: Callable[[str], None] = lambda check: None) -> Iterator[Result]:
+    """Import a method and run every check of its family on it, one result at a time.
+
+    ``begin`` is told the name of each before it is run: a method that never returns cannot be stopped, but be found.
+    """
+    begin("can be imported")
     try:
         cls = registry.method_class(method)
-    except Exception as error:  # somebody's new file: whatever is wrong with it is what they want to know
+    except (Exception, SystemExit) as error:  # somebody's new file: whatever is wrong with it is what they want to know
         kind = "" if isinstance(error, ThriftyError) else f"{type(error).__name__}: "
         yield Result("can be imported", False, f"{kind}{error}")
         return
     yield Result("can be imported", True)
-    yield from check_class(Subject(cls, method.family, frozenset(method.card.needs), method))
+    needs = frozenset(map(str, method.card.needs))  # whether they are strings is asked by a check
+    yield from check_class(Subject(cls, method.family, needs, method), begin)
 
 
-def check_class(subject: Subject) -> Iterator[Result]:
-    """Every check of the subject's family."""
-    for function in checks(subject.family):
-        yield run_one(function, subject)
+def check_class(subject: Subject, begin: Callable[[str], None] = lambda check: None) -> Iterator[Result]:
+    """Every check of the subject's family; without the family's verb, that one alone: all others would call it."""
+    for at, function in enumerate(checks(subject.family)):
+        begin(name(function))
+        result = run_one(function, subject)
+        yield result
+        if at == 0 and result.ok is False:
+            return
 
 
 def run_one(function: Check, subject: Subject) -> Result:
@@ -161,12 +171,12 @@ def run_one(function: Check, subject: Subject) -> Result:
         return Result(name(function), None, str(reason))
     except Failed as reason:
         return Result(name(function), False, str(reason))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Result(name(function), False, f"{type(error).__name__}: {error}{_where(error, subject)}")
     return Result(name(function), True)
 
 
-def _where(error: Exception, subject: Subject) -> str:
+def _where(error: BaseException, subject: Subject) -> str:
     """The line of the method's own file that an error came through."""
     own = getattr(importlib.import_module(subject.cls.__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]

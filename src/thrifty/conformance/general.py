@@ -11,6 +11,7 @@ import json
 import random
 import re
 import sys
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from thrifty.conformance import PROBES, Failed, NotApplicable, Subject, check
 from thrifty.conformance.samples import plain
+from thrifty.contracts import Card
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "trl", "datasets", "vllm"}
 """Libraries that take a second or more to import."""
@@ -44,9 +46,14 @@ def fields_have_a_default_and_a_help_text(subject: Subject) -> None:
 
 @check("*")
 def its_constructor_only_stores(subject: Subject) -> None:
-    own = [name for name in ("__post_init__", "__new__") if name in vars(subject.cls)]
-    if own or not vars(subject.cls)["__init__"].__qualname__.startswith(("__create_fn__", subject.cls.__qualname__)):
-        raise Failed(f"{', '.join(own) or '__init__'} does more than store: move the work into the verb")
+    cls: Any = subject.cls
+    own = ["__post_init__"] if hasattr(cls, "__post_init__") else []
+    own += ["__new__"] if cls.__new__ is not object.__new__ else []
+    code = getattr(cls.__init__, "__code__", None)
+    if code is None or code.co_filename != "<string>":  # what dataclasses generate stands in no file
+        own.append("__init__")
+    if own:
+        raise Failed(f"{', '.join(own)} does more than store: leave it to the dataclass, move the work into the verb")
     made = subject.cls()
     for spec in dataclasses.fields(made):
         if spec.default is not dataclasses.MISSING and getattr(made, spec.name) is not spec.default:
@@ -108,6 +115,20 @@ def its_card_matches_its_file(subject: Subject) -> None:
 
 
 @check("*")
+def the_fields_of_its_card_have_their_types(subject: Subject) -> None:
+    card, kinds = _file(subject).card, typing.get_type_hints(Card)
+    for spec in dataclasses.fields(Card):
+        value, kind = getattr(card, spec.name), kinds[spec.name]
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple:
+            right = type(value) is tuple and all(type(item) is inner[0] for item in value)
+        else:
+            right = type(value) in (inner or (kind,))  # not isinstance: True is no year
+        if not right:
+            raise Failed(f"CARD's {spec.name} is {value!r}: it must be {spec.type}")
+
+
+@check("*")
 def its_docstring_says_what_it_does_and_whose_it_is(subject: Subject) -> None:
     method = _file(subject)
     text = ast.get_docstring(ast.parse(method.path.read_text("utf-8"))) or ""
@@ -160,9 +181,12 @@ def gives_the_same_result_every_time(subject: Subject) -> None:
         _disturb(seed)
         results.append(plain(probe.run(subject, one, probe.inputs(subject))))
     if results[0] != results[1]:
-        raise Failed("called twice with the same it gave two results: draw from the rng it is given, keep no state")
+        raise Failed(
+            "called twice with the same it gave two results, or asked two things: "
+            "draw from the rng it is given, keep no state"
+        )
     if results[0] != results[2]:
-        raise Failed("two instances with the same settings gave two results")
+        raise Failed("two instances with the same settings gave two results, or asked two things")
 
 
 @check("*")

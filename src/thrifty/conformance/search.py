@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from thrifty.conformance import PROBES, Failed, Probe, Subject, check, samples
-from thrifty.conformance.samples import Mode
+from thrifty.conformance.samples import Mode, plain
 from thrifty.contracts import (
     All,
     Budget,
@@ -95,15 +95,12 @@ def run(
     subject: Subject,
     asked: Sequence[Problem],
     mode: Mode = "ordinary",
-    batch_size: int = 64,
     only: bool = False,
     budget: Budget | None = None,
-    concurrency: int = 256,
 ) -> tuple[list[Outcome], Watched]:
     """Outcomes, and the strategy that was watched on the way to them."""
     watched = Watched(subject.make())
-    runner = Runner(engine(subject, mode, batch_size, only), samples.task(), budget, concurrency)
-    outcomes = runner.solve(watched, asked)
+    outcomes = samples.solve(watched, engine(subject, mode, only=only), asked, budget)
     for outcome in outcomes:
         if outcome.chosen is not None and all(t is not outcome.chosen for t in watched.given[outcome.problem.id]):
             raise Failed(f"returned a trace that no request was answered with (problem {outcome.problem.id})")
@@ -118,10 +115,16 @@ def told(outcomes: Sequence[Outcome]) -> list[Any]:
     ]
 
 
-PROBES["solve.search"] = Probe(
-    lambda subject: samples.problems(4),
-    lambda subject, method, inputs: told(samples.solve(method, engine(subject), inputs)),
-)
+def talked(
+    subject: Subject, method: Any, asked: Sequence[Problem], batch_size: int = 64, concurrency: int = 256
+) -> tuple[list[Any], dict[str, Any]]:
+    """What came of a strategy, and what it asked for on the way, by problem."""
+    watched = Watched(method)
+    outcomes = samples.solve(watched, engine(subject, batch_size=batch_size), asked, None, concurrency)
+    return told(outcomes), {problem: plain(requests) for problem, requests in watched.asked.items()}
+
+
+PROBES["solve.search"] = Probe(lambda subject: samples.problems(4), talked)
 
 
 @check("solve.search")
@@ -173,9 +176,9 @@ class _Leaves:
 @check("solve.search")
 def does_not_depend_on_the_batch(subject: Subject) -> None:
     asked = samples.problems(6)
-    expected = told(samples.solve(subject.make(), engine(subject), asked))
+    expected, _ = talked(subject, subject.make(), asked)
     for batch_size, concurrency in ((1, 256), (3, 2)):
-        found = told(samples.solve(subject.make(), engine(subject, batch_size=batch_size), asked, None, concurrency))
+        found, _ = talked(subject, subject.make(), asked, batch_size, concurrency)
         if found != expected:
             raise Failed(f"in batches of {batch_size} it came to another result than in batches of 64")
 
@@ -183,8 +186,8 @@ def does_not_depend_on_the_batch(subject: Subject) -> None:
 @check("solve.search")
 def does_not_depend_on_running_online(subject: Subject) -> None:
     asked = samples.problems(4)
-    expected = told(samples.solve(subject.make(), engine(subject), asked))
-    runner, method = Runner(engine(subject), samples.task()), subject.make()
+    expected, _ = talked(subject, subject.make(), asked)
+    runner, method = Runner(engine(subject), samples.task()), Watched(subject.make())
 
     async def go() -> list[Outcome]:
         return list(await asyncio.gather(*(runner.asolve(method, problem) for problem in asked)))
@@ -207,9 +210,12 @@ def survives_answers_that_nobody_can_parse(subject: Subject) -> None:
 def never_looks_at_the_gold_answer(subject: Subject) -> None:
     asked = samples.problems(6)
     blind = [replace(problem, answer=None, meta={}) for problem in asked]
-    seen = told(samples.solve(subject.make(), engine(subject), asked))
-    if told(samples.solve(subject.make(), engine(subject), blind)) != seen:
+    seen, said = talked(subject, subject.make(), asked)
+    result, requests = talked(subject, subject.make(), blind)
+    if result != seen:
         raise Failed("without the gold answer and the reference chain it came to another result")
+    if requests != said:
+        raise Failed("without the gold answer and the reference chain it asked for something else")
 
 
 @check("solve.search")
