@@ -425,10 +425,18 @@ def test_confirm_problems_follow_from_the_registered_content(project):
 
 def test_figures_are_those_of_the_answers_that_the_claim_returns(project):
     later = "        trial.solve(type(trial.method)(pick='surest'), trial.problems())\n        trial.gate("
-    project.write_text(project.read_text().replace("        trial.gate(", later))
+    text = project.read_text().replace("        trial.gate(", later)
+    project.write_text(text)
     made = run(project)
     for arm, figures in made["figures"].items():
         assert [f["accuracy"] for f in figures] == [u[arm]["accuracy"]["mean"] for u in made["units"]]
+    trained = text.replace('{"accuracy": right}', '{"accuracy": 0.5}').replace(
+        '"student",\n', '"training", "seeds": 3,\n'
+    )
+    project.write_text(trained)
+    assert run(project, scale="smoke")["units"][0]["method"]["accuracy"]["mean"] == 0.5, (
+        "a training's may be one number"
+    )
 
 
 @pytest.mark.parametrize(

@@ -341,10 +341,15 @@ def _check(method: registry.Method, claim: Claim, control: str | None) -> None:
     ):
         table = tables.get(method.family, ())
         if isinstance(own, Mapping):
-            _made(method, own if "key" in own else {**claim.settings, **own}, name)
+            _made(method, _whole(claim, own), name)
         elif own and not own.startswith("none") and (isinstance(table, str) or own not in table):
             known = "none" if isinstance(table, str) else ", ".join(table) or "none"
             raise ThriftyError(f"{method.path}: no {name} '{own}'; {method.family} has {known}")
+
+
+def _whole(claim: Claim, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A control's settings: another method's, or those of the method under test with some changed."""
+    return own if "key" in own else {**claim.settings, **own}
 
 
 def _made(method: registry.Method, settings: Mapping[str, Any], what: str) -> Any:
@@ -365,7 +370,7 @@ def _method(method: registry.Method, claim: Claim, arm: str, control: str | None
         return _made(method, claim.settings, "settings")
     own = claim.placebo if control == "placebo" else claim.oracle
     if isinstance(own, Mapping):
-        return _made(method, own if "key" in own else {**claim.settings, **own}, control)
+        return _made(method, _whole(claim, own), control)
     table = (controls.PLACEBOS if control == "placebo" else controls.ORACLES)[method.family]
     assert not isinstance(table, str)
     return table[own or next(iter(table))](_made(method, claim.settings, "settings"), trial.task(), trial.fresh)

@@ -240,7 +240,7 @@ class Trial:
     def settle(self, got: Mapping[str, Any]) -> None:
         """Figures by the answers that the claim returned, where it looked at others afterwards, for a gate say."""
         for right, figures in self.looks:
-            if right == list(got.get("accuracy", ())):
+            if np.array_equal(right, got.get("accuracy", ())):
                 self.figures |= figures
 
     def elsewhere(self, strategy: Any, task: str = "rg:string_splitting", **how: Any) -> None:
