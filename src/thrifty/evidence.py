@@ -118,7 +118,7 @@ def _check(path: Path, what: str, given: Mapping[str, Any], record: type) -> Non
     for name, value in given.items():
         if name not in known:
             raise ThriftyError(f"{path}: {what} has no field '{name}'; it has {', '.join(known)}.")
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             wanted = str(known[name].type).replace("Mapping", "dict").replace("Sequence", "list")
             raise ThriftyError(f"{path}: {what}: '{name}' is {value!r:.60}, and should be {wanted}.")
     for name, spec in known.items():
@@ -126,11 +126,11 @@ def _check(path: Path, what: str, given: Mapping[str, Any], record: type) -> Non
             raise ThriftyError(f"{path}: {what} lacks '{name}'.")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a literal is of a field's type: a whole number is a float too, a list a tuple, a dict a record."""
     kind, parts = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if kind is Literal:
         return value in parts
     if kind is Any or is_dataclass(kind):
@@ -138,9 +138,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind in (Sequence, tuple):
-        return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
+        return isinstance(value, list | tuple) and all(fits(one, parts[0]) for one in value)
     if kind is Mapping:
-        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from thrifty.conformance import PROBES, Failed, NotApplicable, Subject, check
 from thrifty.conformance.samples import plain
 from thrifty.contracts import Card
+from thrifty.evidence import fits
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "trl", "datasets", "vllm"}
 """Libraries that take a second or more to import."""
@@ -118,13 +119,8 @@ def its_card_matches_its_file(subject: Subject) -> None:
 def the_fields_of_its_card_have_their_types(subject: Subject) -> None:
     card, kinds = _file(subject).card, typing.get_type_hints(Card)
     for spec in dataclasses.fields(Card):
-        value, kind = getattr(card, spec.name), kinds[spec.name]
-        inner = typing.get_args(kind)
-        if typing.get_origin(kind) is tuple:
-            right = type(value) is tuple and all(type(item) is inner[0] for item in value)
-        else:
-            right = type(value) in (inner or (kind,))  # not isinstance: True is no year
-        if not right:
+        value = getattr(card, spec.name)
+        if not fits(value, kinds[spec.name]):
             raise Failed(f"CARD's {spec.name} is {value!r}: it must be {spec.type}")
 
 

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from thrifty.contracts import Finish, ThriftyError
 from thrifty.engines import sampling
 from thrifty.engines.batch import Batch, Ended, Row
 from thrifty.engines.meter import scope
-from thrifty.models.load import Loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ class Decoding:
         self.name = type(decoder).__name__
         loaded = batches[self.role].loaded
         self.meter = batches[self.role].meter
-        _check_windows(self.name, loaded, rows)
+        _check_windows(self.name, batches[self.role], rows)
         self.rows = dict(enumerate(rows))
         """Those that have not ended, by the index that the decoder knows them by."""
         self.all = list(rows)
@@ -215,18 +213,12 @@ class Decoders:
         return bool(self.waiting or self.running)
 
 
-def _check_windows(name: str, loaded: Loaded, rows: Sequence[Row]) -> None:
+def _check_windows(name: str, batch: Batch, rows: Sequence[Row]) -> None:
     """Raise ThriftyError where a row may outgrow a layer's window: a decoder's mask is the same in all layers."""
-    window, longest = _window(loaded.model.config), max(len(row.context) + row.cap for row in rows)
+    window = min((size for size in batch.reader.layout.windows if size is not None), default=None)
+    longest = max(len(row.context) + row.cap for row in rows)
     if window is not None and longest > window:
         raise ThriftyError(
-            f"{loaded.name} has layers that look back {window} tokens at most, which decoder {name} does not follow, "
-            f"and a row may grow to {longest} tokens: lower max_tokens, or leave the decoder out"
+            f"{batch.loaded.name} has layers that look back {window} tokens at most, which decoder {name} does not "
+            f"follow, and a row may grow to {longest} tokens: lower max_tokens, or leave the decoder out"
         )
-
-
-def _window(config: Any) -> int | None:
-    """The smallest window or chunk of any layer; None where all layers see everything."""
-    layers = DynamicCache(config=config).layers
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    return min(windows, default=None)
