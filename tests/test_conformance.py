@@ -86,6 +86,14 @@ def test_somebodys_own_method_is_checked_by_key_and_by_file(tmp_path, monkeypatc
     assert {check["ok"] for check in found["checks"]} == {True}
 
 
+ENDLESS = """{0}while True:
+{0}    try:
+{0}        pass
+{0}    except Exception:
+{0}        pass
+"""
+
+
 @pytest.mark.parametrize(
     ("change", "check", "why"),
     [
@@ -151,7 +159,24 @@ def test_a_method_that_ends_the_process_has_failed(tmp_path, monkeypatch):
     assert not json.loads(result.output)["ok"]
 
 
-def test_the_check_that_never_returns_is_on_the_screen(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda text: text.replace("        shorter", ENDLESS.format("        ") + "        shorter"), "every time"),
+        (lambda text: text + "\n\n" + ENDLESS.format(""), "can be imported"),
+    ],
+)
+def test_a_method_that_never_returns_has_failed(change, check, tmp_path, monkeypatch):
+    monkeypatch.setattr(conformance, "LIMIT", 0.5)
+    result = run(write(tmp_path, monkeypatch, change), "--json")
+    assert result.exit_code == 1
+    failed = [one for one in json.loads(result.output)["checks"] if one["ok"] is False]
+    assert len(failed) <= 2  # the examples are run by doctest, which goes on
+    assert check in failed[-1]["check"]
+    assert "did not end within 0.5 seconds" in failed[-1]["why"]
+
+
+def test_the_check_that_is_run_is_on_the_screen(tmp_path, monkeypatch):
     path = write(tmp_path, monkeypatch, lambda text: text + "\n\nwhile True:\n    pass\n")
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "thrifty.cli", "check", path], stdout=theirs)

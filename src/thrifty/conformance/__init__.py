@@ -13,9 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,14 @@ MODULES: dict[str, str] = {
 
 SMALL = (("rank", 4), ("every", 2))
 """Settings, by the end of their name, that are lowered to this for a tiny model trained for a few steps."""
+
+
+LIMIT = 120.0
+"""Seconds for one check, of which the slowest takes a few on one core: a method that never returns is told."""
+
+
+class Overtime(BaseException):
+    """Above ``Exception``, so that a method that catches everything does not catch this."""
 
 
 class Failed(Exception):  # noqa: N818 - a verdict about a method, not an error of ours
@@ -137,12 +148,13 @@ def name(function: Check) -> str:
 def check_method(method: registry.Method, begin: Callable[[str], None] = lambda check: None) -> Iterator[Result]:
     """Import a method and run every check of its family on it, one result at a time.
 
-    ``begin`` is told the name of each before it is run: a method that never returns cannot be stopped, but be found.
+    ``begin`` is told the name of each before it is run: one that hangs outside Python cannot be stopped, but found.
     """
     begin("can be imported")
     try:
-        cls = registry.method_class(method)
-    except (Exception, SystemExit) as error:  # somebody's new file: whatever is wrong with it is what they want to know
+        with _limited():
+            cls = registry.method_class(method)
+    except (Exception, SystemExit, Overtime) as error:  # somebody's new file: they want to know whatever is wrong
         kind = "" if isinstance(error, ThriftyError) else f"{type(error).__name__}: "
         yield Result("can be imported", False, f"{kind}{error}")
         return
@@ -155,16 +167,23 @@ def check_class(subject: Subject, begin: Callable[[str], None] = lambda check: N
     """Every check of the subject's family; without the family's verb, that one alone: all others would call it."""
     for at, function in enumerate(checks(subject.family)):
         begin(name(function))
-        result = run_one(function, subject)
+        try:
+            result = run_one(function, subject)
+        except Overtime as error:  # it would cost every other check as long
+            yield Result(name(function), False, f"{error}{_where(error, subject)}; no check after it was run")
+            return
         yield result
         if at == 0 and result.ok is False:
             return
 
 
 def run_one(function: Check, subject: Subject) -> Result:
-    """A check that raises has failed, whatever it raised: a method must not break on what the checks give it."""
+    """A check that raises has failed, whatever it raised: a method must not break on what the checks give it.
+
+    ``Overtime`` alone goes through.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _limited():
             warnings.simplefilter("ignore")
             function(subject)
     except NotApplicable as reason:
@@ -174,6 +193,24 @@ def run_one(function: Check, subject: Subject) -> Result:
     except (Exception, SystemExit) as error:
         return Result(name(function), False, f"{type(error).__name__}: {error}{_where(error, subject)}")
     return Result(name(function), True)
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """End what runs in here after ``LIMIT`` seconds; only the main thread of a Unix process can."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise Overtime(f"did not end within {LIMIT:g} seconds")
+
+    handler, timer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _where(error: BaseException, subject: Subject) -> str:
