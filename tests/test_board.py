@@ -223,6 +223,24 @@ def test_the_controls_of_the_drawn_run_stand_beside_it(methods):
     assert methods[KEY]["counts"] == 1
 
 
+def test_a_control_that_does_not_count_stands_beside_no_run_that_does(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    placebo = record(KEY, control="placebo")
+    lines(ours / f"{KEY}.jsonl", json.dumps(record(KEY)), json.dumps({**placebo, "commit": None}))
+    lines(theirs / f"{KEY}.jsonl", json.dumps(placebo))
+    found = {m["key"]: m for m in payload(collect(ours, [theirs])[0])["methods"]}[KEY]
+    assert found["why"].startswith("its placebo has not been run")
+    assert found["controls"]["placebo"] == {"runs": [], "called for": True}
+
+
+def test_a_skill_that_none_has_is_other_work():
+    row = record(KEY)
+    respelled = row | {"registered": row["registered"] | {"gates": {evidence.NEW_SKILL: [None, 0.05]}}}
+    assert board._work(respelled)["id"] == "long · search 3–4, respelled"
+
+
 # ------------------------------------------------------------------------------------------------ the page
 
 

@@ -187,6 +187,18 @@ def test_a_methods_examples_are_right(method):
     assert result.attempted or method.card.baseline or method.family == "recipes", "no value worked by hand"
 
 
+BESIDE = sorted({p for p in SOURCES if ">>>" in p.read_text("utf-8")} - {method.path for method in METHODS.values()})
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=module)
+def test_an_example_outside_of_methods_is_right(path):
+    try:
+        found = importlib.import_module(module(path))
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    assert doctest.testmod(found).failed == 0
+
+
 # ---------------------------------------------------------------------------------------- for newcomers
 
 

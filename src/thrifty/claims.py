@@ -67,8 +67,9 @@ def judge(part: Part, unit: str, effects: Sequence[Any], strata: Sequence[Any]) 
     e = stats.seed_effect(effects, null) if unit == "training" else stats.problem_effect(effects, strata, null)
     refuted = e.high < edge
     one_sign = unit == "training" or all(u > null for u in e.units)
+    observations = stats.seeds_needed if unit == "training" else stats.observations_needed
     to_hold, to_refute = (
-        stats.observations_needed(e.sd, max(0.0, distance), level)
+        observations(e.sd, max(0.0, distance), level)
         for distance, level in ((e.value - null, alpha), (edge - e.value, 0.025))
     )
     enough = e.p <= alpha and not refuted
@@ -258,8 +259,10 @@ class _Run:
         got = dict(measure(trial))
         if missing := {p.name for p in self.claim.parts} - set(got):
             raise ThriftyError(f"{self.method.path}: claim(trial) returned nothing for {', '.join(sorted(missing))}")
-        for part in self.claim.parts if self.claim.unit == "student" else ():
-            if np.ndim(got[part.name]) != 1:
+        for part in self.claim.parts:
+            if not np.isfinite(np.asarray(got[part.name], float)).all():
+                raise Diverged(f"{self.method.path}: what claim(trial) returned for {part.name} is not finite")
+            if self.claim.unit == "student" and np.ndim(got[part.name]) != 1:
                 raise ThriftyError(
                     f"{self.method.path}: claim(trial) returned {got[part.name]!r:.60} for {part.name}: where the unit "
                     "is the student, give a value per problem"

@@ -26,6 +26,8 @@ SCALES = ("smoke", "tiny", "gpu")
 CONTROLS = ("aa", "placebo", "oracle")
 ARMS = ("method", "comparator")
 PACKAGE = Path(__file__).parent
+NEW_SKILL = "the skill is new"
+"""The gate of claims on a skill that no student has (``tune/skill.py``), which is other work than the task as it is."""
 LAB = [PACKAGE / name for name in ("engines", "models", "tasks", "tune")]
 
 
@@ -63,6 +65,8 @@ class Claim:
     seeds: int = 3
     """Units: students (at most three ship), or training seeds."""
     student: str | None = "long"
+    students: int = 1
+    """Where the unit is the training: over how many students of that kind the trainings are dealt."""
     levels: tuple[int, ...] | None = None
     match: str = ""
     """What is made equal, in words; the claim's code does it."""
@@ -160,6 +164,8 @@ def _judge(path: Path, claim: Claim) -> None:
         wrong.append("it needs parts, n and seeds of at least 1, and unit student or training")
     if claim.unit == "student" and claim.seeds > 3:
         wrong.append("three students of each kind ship: seeds is at most 3 where the unit is the student")
+    if not 1 <= claim.students <= (3 if claim.unit == "training" else 1):
+        wrong.append("students is 1 to 3 where the unit is the training, else left out: seeds says how many")
     if claim.unit == "training" and claim.seeds < 3:
         wrong.append("a t interval needs at least 3 training seeds (5, and 8 for accuracy)")
     if wrong:
@@ -199,16 +205,23 @@ def files(path: Path) -> list[Path]:
     return [path, *(p for p in sorted(_imported(path) - {path}) if p.parent not in LAB and p.parent != PACKAGE)]
 
 
+_IMPORT = re.compile(r"^\s*(?:from (thrifty[\w.]*) import (\([^)]*\)|[^\n]*)|import (thrifty\.[\w.]+))", re.MULTILINE)
+
+
 def _imported(path: Path) -> set[Path]:
-    names = re.findall(r"^\s*from (thrifty\.[\w.]+) import", path.read_text("utf-8"), re.MULTILINE)
+    """Files of the package that ``path`` imports, also within its functions. Parsing would slow ``thrifty list``."""
+    names: set[str] = set()
+    for package, taken, module in _IMPORT.findall(path.read_text("utf-8")):
+        names |= {package or module, *(f"{package}.{name}" for name in re.findall(r"\w+", taken))}
     places = [PACKAGE.parent / name.replace(".", "/") for name in names]
     return {p for p in (p / "__init__.py" if p.is_dir() else p.with_suffix(".py") for p in places) if p.is_file()}
 
 
 @cache
 def lab_hash() -> str:
-    """Of everything beside methods that outcomes rest on: lab, trials, engines, models, tasks, loops, their imports."""
-    found = new = {PACKAGE / "lab.py", PACKAGE / "trial.py", *(p for folder in LAB for p in folder.glob("*.py"))}
+    """Of everything beside methods that verdicts rest on: claims, controls, engines, models, tasks, loops, traces."""
+    folders = [*LAB, PACKAGE / "traces"]
+    found = new = {PACKAGE / "claims.py", *(p for folder in folders for p in folder.glob("*.py"))}
     while new:
         new = {file for path in new for file in _imported(path)} - found
         found = found | new
@@ -245,6 +258,7 @@ def results_folder(path: Path) -> Path:
 
 ALWAYS = ("scale", "control", "seconds", "code", "source", "claim", "registered", "commit")
 """What every run on record has, a crashed one too."""
+REMEDY = "restore the line from the history, or remove it if it is no run's"
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -262,23 +276,31 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         os.close(handle)
 
 
+def breaks_off(line: str, error: ValueError) -> bool:
+    """Whether the line is the beginning of an object: its reader ran into the end."""
+    if not line.startswith("{") or not isinstance(error, json.JSONDecodeError):
+        return False
+    near_end = error.pos >= len(line) - len("-Infinity")
+    word = re.fullmatch(r"-?[A-Za-z0-9+.\\]*\s*", line[error.pos :])
+    return error.msg.startswith("Unterminated string") or (near_end and word is not None)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """All runs in the order in which they ended; a line that a killed run left torn is passed over.
 
-    Raises ThriftyError for a whole line that is no run.
+    Raises ThriftyError for any other line that is no run.
     """
     found = []
     lines = path.read_text("utf-8", errors="replace").split("\n") if path.exists() else ()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except ValueError as error:
+            if line.strip() and not breaks_off(line, error):
+                raise ThriftyError(f"{path}, line {number}: not valid JSON ({error}); {REMEDY}") from error
             continue
         if missing := [name for name in ALWAYS if not isinstance(record, dict) or name not in record]:
-            raise ThriftyError(
-                f"{path}, line {number}: a run that has no '{missing[0]}'; restore the line, or remove it if it is no "
-                "run's"
-            )
+            raise ThriftyError(f"{path}, line {number}: a run that has no '{missing[0]}'; {REMEDY}")
         found.append(record)
     return found
 

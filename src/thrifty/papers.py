@@ -60,7 +60,8 @@ def markdown() -> str:
         f"{sum(e.priority is not None for e in rows)} papers: {verdicts}.",
         "\n## Evidence\n",
         "The runs of `results/` that count, at `tiny` on the shipped students: `thrifty reproduce KEY`; `thrifty "
-        "board` shows them all. Method against comparator with 95 % intervals: a difference, or a ratio with ×.\n",
+        "board` shows them all. Method against comparator with 95 % intervals: a difference, or a ratio with ×. Where "
+        "problems are the unit a ratio is their geometric mean, that of the totals beside it.\n",
         "| method | verdict | effect | asked for | its control | tuned to | why |",
         "|---|---|---|---|---|---|---|",
         *_evidence(rows),
@@ -108,8 +109,21 @@ def _effects(run: Mapping[str, Any]) -> str:
     for name, effect in ((part["name"], part["effect"]) for part in run["parts"]):
         part = registered[name]
         value, *ends = (_plain(part, effect[which]) for which in ("value", "low", "high"))
-        found.append(f"{name} {_written(part, value)} [{', '.join(_written(part, end) for end in sorted(ends))}]")
+        interval = ", ".join(_written(part, end) for end in sorted(ends))
+        totals = f", totals {_written(part, of_totals(run, name))}" if per_problem(run, part) else ""
+        found.append(f"{name} {_written(part, value)} [{interval}]{totals}")
     return "; ".join(found)
+
+
+def per_problem(run: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    """Whether a part's effect is the mean of the problems' own log ratios, which is not the ratio of their totals."""
+    return part.get("on") == "log ratio" and run["registered"]["unit"] == "student"
+
+
+def of_totals(run: Mapping[str, Any], name: str) -> float:
+    """A part of all units together, the method's over the comparator's."""
+    new, old = (sum(unit[arm][name]["mean"] for unit in run["units"]) for arm in ("method", "comparator"))
+    return float(new / old)
 
 
 def _asked(part: Mapping[str, Any]) -> str:

@@ -104,11 +104,12 @@ class Trial:
         return random.Random(self.seed)
 
     def asset(self, name: str | None = None) -> str:
-        """Folder of the student called ``name`` (none: the claim's): this unit's own where the unit is the student."""
+        """Folder of the student called ``name`` (none: the claim's): this unit's own where there are several."""
         name = name or self.claim.student or ""
         if Path(name).is_dir():
             return name
-        return str(assets.find(f"{name}-{self.unit}" if self.claim.unit == "student" else name))
+        which = self.unit if self.claim.unit == "student" else self.unit % self.claim.students
+        return str(assets.find(f"{name}-{which}" if which else name))
 
     def task(self, name: str | None = None) -> Task:
         return _task(name or "+".join(self.claim.tasks))
@@ -274,7 +275,7 @@ def fingerprint(value: Any) -> Any:
     if isinstance(value, Problem):
         return [value.id, value.prompt, value.answer]
     if isinstance(value, Path):
-        files = sorted(p for p in value.rglob("*") if p.suffix in (".json", ".safetensors", ".parquet"))
+        files = sorted(p for p in value.rglob("*") if p.suffix in (".json", ".jinja", ".safetensors", ".parquet"))
         return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in (files if value.is_dir() else [value])]
     if isinstance(value, Mapping):
         return {str(k): fingerprint(v) for k, v in value.items()}

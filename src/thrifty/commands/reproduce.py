@@ -30,7 +30,7 @@ _Done = tuple[registry.Method, dict[str, Any] | None, Exception | None]
     "--repeat",
     default=1,
     type=click.IntRange(1),
-    help="Runs of --control aa, each in streams of its own; what is done already is not run again.",
+    help="Runs of --control aa, each of another stream against the last; what is done already is not run again.",
 )
 @click.option("--dev", is_flag=True, help="On development problems: to try a claim out. Never counts.")
 @click.option(
@@ -244,7 +244,8 @@ def told(record: dict[str, Any]) -> str:
     for part in record.get("parts", ()):
         e = part["effect"]
         lines.append(
-            f"  {part['name']:<12} effect {e['value']:+.4f}  95 % [{e['low']:+.4f}, {e['high']:+.4f}]  p {e['p']:.2g}  "
+            f"  {part['name']:<12} effect {e['value']:+.4f}  95 % [{e['low']:+.4f}, {e['high']:+.4f}]  "
+            f"one-sided p {e['p']:.2g}  "
             + ("held" if part["held"] else "refuted" if part["refuted"] else _open(part["needed"]))
         )
     lines += [f"  gate {name}: {', '.join(f'{v:.3g}' for v in values)}" for name, values in record["gates"].items()]

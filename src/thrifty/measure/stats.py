@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import nct, norm
 from scipy.stats import t as student_t
 
 from thrifty.contracts import ThriftyError
@@ -232,10 +232,22 @@ def observations_needed(sd: float, distance: float, alpha: float, power: float =
     ``alpha`` is one-sided.
 
     >>> observations_needed(sd=0.2**0.5, distance=0.05, alpha=0.0025)
-    1065
+    1066
     """
     z = float(norm.isf(alpha) + norm.ppf(power))
     return int(np.ceil(min(1e9, (z * sd / max(abs(distance), 1e-9)) ** 2)))
+
+
+def seeds_needed(sd: float, distance: float, alpha: float, power: float = 0.8) -> int:
+    """As ``observations_needed``, for Student's t over training seeds: the noncentral t has the power from there on.
+
+    >>> seeds_needed(sd=1.0, distance=1.0, alpha=0.025), observations_needed(sd=1.0, distance=1.0, alpha=0.025)
+    (10, 8)
+    """
+    n = max(2, observations_needed(sd, distance, alpha, power))
+    while sd > 0 and n < 1000 and nct.sf(student_t.isf(alpha, n - 1), n - 1, distance * np.sqrt(n) / sd) < power:
+        n += 1
+    return n
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

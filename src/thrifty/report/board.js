@@ -60,6 +60,8 @@ function told(value, part, name) {
   if (part && part.on === "log ratio") return change(Math.exp(part.better === "lower" ? -value : value));
   return name === "accuracy" ? points(value) : signed(value);
 }
+// Where problems are the unit, a ratio is the geometric mean of theirs, which is not that of their totals.
+const perProblem = (part, claim) => !!part && part.on === "log ratio" && claim.unit === "student";
 function interval(effect, part, name) {
   const ends = [told(effect.low, part, name), told(effect.high, part, name)];
   if (part && part.on === "log ratio" && part.better === "lower") ends.reverse();

@@ -156,14 +156,15 @@ def _evidence(standing: Standing | None, claim: Claim | None, rows: Sequence[Rec
     place = {id(r.row): i for i, r in enumerate(rows)}
     counts = standing.run if standing is not None else None
     drawn = counts or _latest(r.row for r in rows)
+    at = None if drawn is None else place[id(drawn)]
     return {
         "status": standing.status if standing is not None else "missing",
         "why": standing.why if standing is not None else "",
         "claim": _claim(claim),
         "runs": [_run(record) for record in rows],
         "counts": place[id(counts)] if counts is not None else None,
-        "drawn": place[id(drawn)] if drawn is not None else None,
-        "controls": _controls(drawn, rows) if drawn is not None else {},
+        "drawn": at,
+        "controls": _controls(rows[at], rows) if at is not None else {},
         "figures": {arm: records.figures(drawn, arm) for arm in evidence.ARMS} if drawn is not None else {},
         "work": _work(drawn) if drawn is not None else None,
     }
@@ -176,17 +177,21 @@ def _latest(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(enumerate(done), key=lambda pair: (order.index(pair[1]["scale"]), pair[0]), default=(0, None))[1]
 
 
-def _controls(drawn: Mapping[str, Any], rows: Sequence[Record]) -> dict[str, Any]:
-    """Control -> the first run of it with the drawn run's code and scale (A/A: all), and whether it is called for."""
+def _controls(drawn: Record, rows: Sequence[Record]) -> dict[str, Any]:
+    """Control -> the first run of it that goes with the drawn one (A/A: all), and whether it is called for."""
+
+    def kind(r: Record) -> tuple[Any, ...]:
+        return r.row["code"], r.row["scale"], r.added, evidence.counts(r.row)
+
     found: dict[str, Any] = {}
     for name in evidence.CONTROLS:
         same = [
             i
             for i, r in enumerate(rows)
-            if r.row["control"] == name and not r.row.get("error")
-            and (r.row["code"], r.row["scale"]) == (drawn["code"], drawn["scale"])
-        ]  # fmt: skip
-        called = name in drawn["controls"] and {"placebo": "shown", "oracle": "refuted"}.get(name) == drawn["verdict"]
+            if r.row["control"] == name and not r.row.get("error") and kind(r) == kind(drawn)
+        ]
+        needed = {"placebo": "shown", "oracle": "refuted"}.get(name)
+        called = name in drawn.row["controls"] and needed == drawn.row["verdict"]
         found[name] = {"runs": same if name == "aa" else same[:1], "called for": called}
     return found
 
@@ -238,6 +243,8 @@ def _work(row: Mapping[str, Any]) -> dict[str, str] | None:
     if not levels:
         return None
     tasks = ", ".join(f"{task} {_span(found)}".strip() for task, found in sorted(levels.items()))
+    if evidence.NEW_SKILL in literal.get("gates", ()):
+        tasks += ", respelled"
     student = str(literal.get("student") or (Claim.student if literal else "unknown student"))
     return {"id": f"{student} · {tasks}", "student": student, "tasks": tasks}
 

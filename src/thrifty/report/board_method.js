@@ -67,10 +67,11 @@ function effectsOf(method, run, claim) {
       if (other) lines.push({ effect: other.effect, name, kind: "control" });
     }
     const bound = !registered ? "not known" : registered.test === "superior" ? `at least ${told(edge, registered, part.name)}` : `no worse than ${told(edge, registered, part.name)}`;
+    const total = (arm) => run.units.reduce((sum, unit) => sum + unit[arm][part.name].mean, 0);
     return element("div", { class: "part" },
       element("h3", {}, part.name, element("small", {}, registered ? ` ${registered.test}, ${registered.better} is better` : "")),
       element("div", { class: "drawing" }, element("ul", {}, lines.map((line) => element("li", {}, line.name))), forest(lines, edge)),
-      facts([["measured", told(e.value, registered, part.name)], ["95 % interval", interval(e, registered, part.name)], ["registered", bound],
+      facts([["measured", told(e.value, registered, part.name)], ["ratio of the totals", perProblem(registered, claim) ? change(total("method") / total("comparator")) : null], ["95 % interval", interval(e, registered, part.name)], ["registered", bound],
         ["p, one-sided", e.p < 1e-4 ? "below 0.0001" : number(e.p)], ["observations", number(e.n)],
         ["it would take", part.needed === null ? "more would not settle it: it holds on average, not on every student" : part.held || part.refuted || !part.needed ? null : `about ${number(part.needed)}`],
         ["so this part", part.held ? "holds" : part.refuted ? "is refuted" : "is undecided"]]));
@@ -129,7 +130,7 @@ function registeredOf(method, run, claim) {
   return section("What is registered", run && !run.registered ? paragraph("The claim was amended after the run that is drawn; this is the one of today.", "note") : null, facts([
     ["method", settingsOf(claim.settings)], ["comparator", claim.comparator ? settingsOf(claim.comparator) : "no method"], ["made equal", claim.match],
     ["tasks", (claim.tasks || []).join(", ")], ["levels", claim.levels && claim.levels.join(", ")], ["student", claim.student], ["problems per unit", number(claim.n)],
-    ["units", `${claim.seeds} ${claim.unit === "training" ? "training seeds" : "students"}`], ["tuned on development problems", table(claim.grid)], ["tuned to", tunedTo(run)],
+    ["units", `${claim.seeds} ${claim.unit === "training" ? "training seeds" : "students"}${claim.students > 1 ? ` on ${claim.students} students` : ""}`], ["tuned on development problems", table(claim.grid)], ["tuned to", tunedTo(run)],
     ["placebo", control("placebo")], ["oracle", control("oracle")], ["amendments", (claim.amendments || []).join("; ")],
   ]));
 }

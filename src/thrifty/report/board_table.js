@@ -22,7 +22,8 @@ function effectCell(method) {
   const part = firstPart(method);
   if (!part) return ["–"];
   const all = drawnRun(method).parts, edge = edgeOf(part.registered);
-  const words = `${part.name} ${told(part.effect.value, part.registered, part.name)}, ${interval(part.effect, part.registered, part.name)}`;
+  const typical = perProblem(part.registered, claimOf(method, drawnRun(method))) ? " per problem" : "";
+  const words = `${part.name} ${told(part.effect.value, part.registered, part.name)}${typical}, ${interval(part.effect, part.registered, part.name)}`;
   return [forest([{ effect: { ...part.effect, units: [] }, kind: counts(method) ? "" : "control" }], edge, 150, 18, [-2, 3]),
     element("small", {}, words), all.length > 1 ? element("small", {}, `${all.filter((p) => p.held).length} of ${all.length} parts hold`) : null];
 }

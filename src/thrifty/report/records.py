@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thrifty.contracts import ThriftyError
-from thrifty.evidence import ARMS, CONTROLS, SCALES, VERDICTS
+from thrifty.evidence import ARMS, CONTROLS, REMEDY, SCALES, VERDICTS, breaks_off
 
 AXES = {
     "thought_tokens": "thinking tokens",
@@ -64,12 +64,10 @@ def read(path: Path, added: bool = False) -> tuple[list[Record], list[str]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            if _breaks_off(line, error):
+            if breaks_off(line, error):
                 torn.append(f"{where}: breaks off after {len(line)} characters, as a killed run leaves it; passed over")
                 continue
-            raise ThriftyError(
-                f"{where}: not valid JSON ({error}); restore the line from the history, or remove it if it is no run's"
-            ) from error
+            raise ThriftyError(f"{where}: not valid JSON ({error}); {REMEDY}") from error
         records.append(Record(_checked(row, where), path, number, added))
     return records, torn
 
@@ -91,15 +89,6 @@ def _whole(text: str, path: Path) -> list[Any] | None:
         found += value if isinstance(value, list) else [value]
         text = text[end:].lstrip()
     return found
-
-
-def _breaks_off(line: str, error: ValueError) -> bool:
-    """Whether the line is the beginning of an object: its reader ran into the end."""
-    if not line.startswith("{") or not isinstance(error, json.JSONDecodeError):
-        return False
-    near_end = error.pos >= len(line) - len("-Infinity")
-    word = re.fullmatch(r"-?[A-Za-z0-9+.\\]*\s*", line[error.pos :])
-    return error.msg.startswith("Unterminated string") or (near_end and word is not None)
 
 
 # ------------------------------------------------------------------------------------------------ one record

@@ -340,6 +340,7 @@ def claim(trial: Any) -> dict[str, Any]:
     traces: list[Any] = [o.chosen for o in outcomes]
     forwards = [watched.forwards[t.prompt_ids.tobytes()].pop()[0] for t in traces]
     total = lab.meter.total()
+    trial.figure("flops", total.flops / len(problems))  # drafted positions too, which no answer's usage tells
     rate = tokens_per_forward(total.accepted, total.positions, total.prefill, total.padding, total.drafted)
     trial.note("tokens per forward", rate)
     trial.note("drafted per forward", total.drafted / (total.positions - total.prefill - total.padding - total.drafted))

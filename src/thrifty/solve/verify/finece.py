@@ -68,11 +68,12 @@ CLAIM = {
         "step": (" .",),
     },
     "student": "long",
+    "students": 3,
     "tasks": ["roll"],
     "levels": [3, 4],
     "n": 700,
-    "seeds": 3,
-    "unit": "student",
+    "seeds": 6,
+    "unit": "training",
     "match": "the same answers, drawn at temperature 1 as those learnt from; training is extra",
     "gates": {"accuracy": [0.1, 0.95]},
     "placebo": {"words": ("0",)},
@@ -83,6 +84,8 @@ CLAIM = {
         "what was learnt at 1: false base rates, both; now all finished answers are learnt from, all are drawn at 1, "
         "and 150 steps at 3e-3 take the place of 300 at 1e-3, as tried on development problems of one student; and "
         "AUROC's interval followed from the plain spread of shares, which is at most half of DeLong's",
+        "3: the confidence is trained, but problems were taken as the unit, with one training per student; now the "
+        "training is, two on each student",
     ],
 }
 ASK = (
@@ -235,7 +238,7 @@ def _text(trace: Trace) -> str:
 # ------------------------------------------------------------------------------------------------- the claim
 
 
-ADAPTER = Path("stages/confidence/adapter")
+LEARNT = Path("stages/confidence")
 QUESTIONS, STEPS, RATE = 120, 150, 3e-3
 """Training problems, optimiser steps and learning rate."""
 
@@ -264,12 +267,13 @@ def claim(trial: Any) -> dict[str, Any]:
     if trial.arm == "method":
         method = trial.method
         amount = trial.scaled(QUESTIONS), trial.scaled(STEPS)
-        adapter = trial.once("confidence", lambda folder: _learn(trial, method, folder), method, *amount) / ADAPTER
+        learnt = trial.once("confidence", lambda folder: _learn(trial, method, folder), method, *amount) / LEARNT
+        trial.trained(learnt)
 
         def talk(problem: Problem) -> Talk:
             return method.rate(problem, [answers[problem.id].chosen], random.Random(0))
 
-        engine = lab.engine(adapter=adapter)
+        engine = lab.engine(adapter=learnt / "adapter")
     else:
 
         def talk(problem: Problem) -> Talk:
