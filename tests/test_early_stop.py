@@ -186,6 +186,13 @@ def test_confidence_is_the_mean_of_what_the_model_may_say(size):
     assert FineCE().expected([0.0] * 11) == pytest.approx(0.5)
 
 
+def test_a_label_is_the_word_whose_number_is_nearest(loaded):
+    method = FineCE(words=("0", "0.5", "0.6", "1"))
+    made = method.examples(PROBLEM, [("", 0.52), ("", 0.58), ("", 0.9)], loaded.chat)
+    said = [loaded.chat.tokenizer.decode(example.target_ids[:-1]) for example in made]
+    assert [word.replace(" ", "") for word in said] == ["0.5", "0.6", "1"]
+
+
 def test_backward_integration_looks_steps_ahead():
     begun = trace("so", "", finish="until", tokens=1)
     engine = ScriptedEngine(lambda p, k: "ten Wait" if k[-1] == 0 else "nine Wait", None)

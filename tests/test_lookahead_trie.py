@@ -177,6 +177,22 @@ def test_rows_end_at_stop_strings_prefixes_go_on_and_losers_stop(loaded):
     assert not decoder.memory._read, "a row that was stopped left its prompt behind"
 
 
+def test_drafts_are_as_deep_as_was_asked_for(loaded):
+    decoder = LookaheadTrie(branch_length=20, suffix=3)  # a memory's own length is 14
+    [trace] = run(LocalEngine(loaded), [Sample(PROMPTS[0], temperature=0.0, max_tokens=60, decoder=decoder)])
+    row = SimpleNamespace(context=trace.ids[:30], max_tokens=60)
+    draft = decoder._draft(row, trace.ids[:30].tolist(), decoder.memory.open([]))
+    assert max(draft.depths()) == 20
+
+
+def test_the_longest_end_counts_where_few_tokens_are_wanted():
+    memory = Trie()
+    memory.note([1, 2, 3, 4, 5])
+    memory.note([2, 9, 9, 9])
+    memory.note([2, 9, 9, 9])
+    assert memory.draft([1, 2], memory.open([]), depth=9, nodes=3, weight=1e-4).tokens == [3, 4, 5]
+
+
 def test_a_memory_of_something_else_only_costs(loaded):
     memory = Trie()
     rng = np.random.default_rng(0)

@@ -352,6 +352,9 @@ def test_chains_that_nobody_got_right_are_no_lesson(model: str, tmp_path: Path) 
     [
         (("--alphas", "0,much"), "--alphas needs a number, not 'much'"),
         (("--alphas", "nan"), "alphas must be numbers"),
+        (("--mix-alphas", "nan"), "alphas must be numbers"),
+        (("--mixchain", "z"), "give --tuning ++ or +p"),
+        (("--reference", "./nowhere"), "no folder ./nowhere"),
         (("--rankk", "4"), "Did you mean"),
         (("--tuning", "plan"), "--tuning is 'plan'; choose plain"),
         (("--short-from",), "needs a value"),

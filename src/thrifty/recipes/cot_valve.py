@@ -225,13 +225,14 @@ class CotValve(LoraRecipe):
                 between = _between(lab, self.short_from, alpha)
                 run = lab.solve(f"mixchain-{alpha:g}", self.sampler, train, lab.engine(between), seed=lab.seed + 1 + i)
                 sampled.append(run)
+        made = [
+            chain
+            for outcomes, alpha in zip(sampled, self.mix_alphas, strict=True)
+            for chain in lab.chains(outcomes, f"alpha {alpha:g}")
+        ]
         by_problem: dict[str, list[tuple[int, Chain]]] = {}
-        for outcomes, alpha in zip(sampled, self.mix_alphas, strict=True):
-            for outcome in outcomes:
-                for chain in lab.chains([outcome], f"alpha {alpha:g}"):
-                    by_problem.setdefault(chain.problem.id, []).append((outcome.usage.thought, chain))
         tokenizer = lab.loaded().tokenizer
-        for chain in short:
+        for chain in [*made, *short]:
             size = len(tokenizer(chain.thought, add_special_tokens=False)["input_ids"])
             by_problem.setdefault(chain.problem.id, []).append((size, chain))
         groups = []
@@ -272,10 +273,16 @@ class CotValve(LoraRecipe):
             raise ThriftyError(f"mixchain is {self.mixchain!r}; choose c or z")
         if self.mixchain == "z" and self.tuning != "plain" and self.short_from in OWN:
             raise ThriftyError("MixChain-Z samples along the difference of two models: give --short-from MODEL")
-        if self.short_from not in OWN:
-            lab.loaded(self.short_from)  # a wrong name is told before any work
-        if not self.alphas or any(not np.isfinite(a) for a in self.alphas):
-            raise ThriftyError(f"alphas must be numbers, at least one, not {self.alphas}")
+        if self.mixchain == "z" and self.tuning == "plain":
+            raise ThriftyError(
+                "--mixchain z is how MixChain is made, which plain tuning has none of: give --tuning ++ or +p"
+            )
+        for name in (self.short_from, self.reference):
+            if name is not None and name not in OWN:
+                lab.loaded(name)  # a wrong name is told before any work
+        for alphas in (self.alphas, self.mix_alphas):
+            if not alphas or any(not np.isfinite(a) for a in alphas):
+                raise ThriftyError(f"alphas must be numbers, at least one, not {alphas}")
         if len({_name(a) for a in self.alphas}) < len(self.alphas):
             raise ThriftyError(f"alphas must differ: {', '.join(f'{a:g}' for a in self.alphas)}")
 

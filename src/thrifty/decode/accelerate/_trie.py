@@ -111,9 +111,9 @@ class Trie:
     def draft(self, tail: Sequence[int], row: int, depth: int, nodes: int, weight: float) -> Draft:
         """At most ``nodes`` tokens, ``depth`` deep, that followed the last tokens of a text.
 
-        The longest end of ``tail`` that was seen counts, unless fewer than ``depth`` tokens followed it: then a shorter
-        one. Nodes are ranked by (1 - weight) * prompt count + weight * output count; half of them at least by output
-        count alone, where there are as many. An empty ``tail`` finds what was seen most, whatever the text.
+        The longest end of ``tail`` that was seen counts, unless fewer tokens followed it than are wanted: then a
+        shorter one. Nodes are ranked by (1 - weight) * prompt count + weight * output count; half of them at least by
+        output count alone, where there are as many. An empty ``tail`` finds what was seen most, whatever the text.
         """
         found = Draft()
         for start in range(len(tail) or 1):
@@ -128,7 +128,7 @@ class Trie:
             found, at = Draft(), {id(top): -1}
             for node, token, parent in _ranked(top, depth, row, weight, chosen):
                 at[id(node)] = found.add(token, at[id(parent)])
-            if len(found) >= depth:
+            if len(found) >= min(depth, nodes):
                 break
         return found
 

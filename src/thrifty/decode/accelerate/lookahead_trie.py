@@ -22,9 +22,10 @@ So a forward yields 1 + accepted tokens, at worst one, and the text is that of p
 Paper: Zhao et al., Lookahead: An Inference Acceleration Framework for Large Language Model with Lossless Generation
 Accuracy (2312.12728).
 Differs: every row keeps its ``nodes``, where the authors' batched code divides them among the rows; nodes of a finished
-prompt go at once and a trie that is too large fades at once, where theirs wait for the end of a request; nodes that
-rank alike go deepest first. Models with a sliding window are read as if they had none. The memory is shared by all
-rows of one decoder, so what is drafted depends on who ran before, the tokens do not (in fp32, up to near-ties).
+prompt go at once and a trie that is too large fades at once, where theirs wait for the end of a request; outputs are
+limited per first token (512 nodes), where theirs are in all (65,536); nodes that rank alike go deepest first. Models
+with a sliding window are read as if they had none. The memory is shared by all rows of one decoder, so what is drafted
+depends on who ran before, the tokens do not (in fp32, up to near-ties).
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class LookaheadTrie:
     memory: Trie = field(
         default_factory=Trie,
         compare=False,
-        metadata={"help": "what was seen; its length should be branch_length + suffix; share it to keep it warm"},
+        metadata={"help": "what was seen; share it to keep it warm"},
     )
 
     def decode(
@@ -123,6 +124,8 @@ class LookaheadTrie:
     ) -> Generator[tuple[int, Sequence[int]], bool | None, None]:
         import torch
 
+        # What is looked up and what is drafted must fit into what is kept; a memory of the user's own grows.
+        self.memory.length = max(self.memory.length, self.branch_length + self.suffix)
         texts = [row.context.tolist() for row in rows]
         noted = [len(text) for text in texts]
         numbers = {i: self.memory.open(text) for i, text in enumerate(texts)}

@@ -132,12 +132,16 @@ class FineCE:
 
     def expected(self, scores: Sequence[float], words: Sequence[str] | None = None) -> float:
         """Mean of the numbers under these log-probabilities; words that are no numbers count as evenly spread."""
+        chances = np.exp(np.asarray(scores, float) - max(scores))
+        return round(float(chances @ self.numbers(words) / chances.sum()), 12)
+
+    def numbers(self, words: Sequence[str] | None = None) -> np.ndarray:
+        """What each word stands for, in [0, 1]."""
         words = words or self.words
         values = [float(w) if re.fullmatch(r"[01](\.\d+)?", w) else math.nan for w in words]
         if any(math.isnan(v) or v > 1 for v in values) or len(words) == 1:
             values = [i / (len(words) - 1) if len(words) > 1 else 0.5 for i in range(len(words))]
-        chances = np.exp(np.asarray(scores, float) - max(scores))
-        return round(float(chances @ np.asarray(values) / chances.sum()), 12)
+        return np.asarray(values)
 
     # ---- training data --------------------------------------------------------------------------------
 
@@ -162,10 +166,11 @@ class FineCE:
         """Training examples: the question about each text, and its confidence as the nearest word."""
         from thrifty.tune.batches import Example
 
-        steps, end, made = len(self.words) - 1, chat.tokenizer.eos_token_id, []
+        numbers, end, made = self.numbers(), chat.tokenizer.eos_token_id, []
         for text, value in found:
             asked = chat.prompt_ids(self.asks.format(question=problem.prompt, text=text))
-            word = chat.tokenizer.encode(self.words[round(value * steps)], add_special_tokens=False)
+            nearest = self.words[int(np.abs(numbers - value).argmin())]
+            word = chat.tokenizer.encode(nearest, add_special_tokens=False)
             made.append(Example(asked, [*word, end]))
         return made
 
