@@ -137,6 +137,23 @@ def test_a_graph_that_a_model_wrote_is_read():
     assert from_graphviz("digraph {}") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("graph", "share"),
+    [
+        ('digraph { a [label="x; y -> z [q]"]; b [color=red] }', 1 / 2),
+        ('digraph {\n a\n b [label="t",\n   color="red"]\n}', 1 / 2),
+        ("digraph { rankdir=LR; size = 3; a; b [fillcolor=red] }", 1 / 2),
+        ("digraph { node [color=red]; a; b }", 1),
+        ('digraph { a [label="it fails here", tooltip=red]; b [class=failed] }', 1 / 2),
+        ('digraph { subgraph cluster_0 { label="x"; a; b } c [color=red] }', 1 / 3),
+        ("digraph { a -> b\n -> c [color=red] }", 0),
+        ('graph { "a 1" -- b:n; // red\n b [color=red] /* c [color=red] */ }', 1 / 2),
+    ],
+)
+def test_a_graph_may_be_written_in_any_of_its_ways(graph, share):
+    assert from_graphviz(graph) == pytest.approx(share)
+
+
 # ------------------------------------------------------------------------------------------------ finece
 
 

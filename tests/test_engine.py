@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ from thrifty.contracts import END_OF_THOUGHT, Problem, RowFailed, Sample, Score,
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.runner import Runner
 from thrifty.models.load import Loaded, wrap
+from thrifty.solve.search._vote import thinking_length
 from thrifty.solve.search.self_consistency import SelfConsistency
+from thrifty.solve.search.trimr import TrimR
 
 torch.set_num_threads(1)  # two cores are shared by everything that runs
 PROMPTS = ["2 + 2", "a much longer prompt than the others, to make rows of unlike length", "x", "the same", "the same"]
@@ -566,6 +569,75 @@ def test_folders_that_hold_no_lora_are_refused(loaded: Loaded, tmp_path: Path) -
         LocalEngine(loaded).add_adapter("valve", tmp_path)
     with pytest.raises(ThriftyError, match="batch size"):
         LocalEngine(loaded, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "trained more than a LoRA (modules_to_save)"),
+        ({"trainable_token_indices": [1, 2]}, "trained more than a LoRA (trainable_token_indices)"),
+        ({"bias": "all"}, "trained more than a LoRA (bias)"),
+        ({"init_lora_weights": "pissa"}, "began as pissa, which changes the model's own weights"),
+        ({"init_lora_weights": "olora"}, "began as olora"),
+    ],
+)
+def test_a_lora_that_changes_the_model_at_strength_0_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    made = peft.get_peft_model(tiny.loaded().model, peft.LoraConfig(r=2, target_modules=["q_proj"], **change))
+    made.save_pretrained(str(tmp_path))
+    with pytest.raises(ThriftyError, match=re.escape(said)):
+        LocalEngine(tiny.loaded()).add_adapter("valve", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("adapter_model.safetensors", None, "holds no adapter_model.safetensors"),
+        ("adapter_model.safetensors", b"garbage", "or is damaged"),
+        ("adapter_config.json", b"{", "none that peft wrote"),
+        ("adapter_config.json", b'{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}', "does not fit tiny"),
+        ("adapter_config.json", b'{"peft_type": "LORA", "target_modules": ["nowhere"]}', "does not fit tiny"),
+    ],
+)
+def test_a_damaged_lora_is_told_by_its_folder(tmp_path: Path, name: str, spoil: bytes | None, said: str) -> None:
+    folder = lora(tmp_path / "adapter", 1)
+    (folder / name).unlink()
+    if spoil is not None:
+        (folder / name).write_bytes(spoil)
+    engine = LocalEngine(tiny.loaded())
+    with pytest.raises(ThriftyError, match=said) as error:
+        engine.add_adapter("valve", folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_limit_is_of_the_whole_response(loaded: Loaded) -> None:
+    engine = LocalEngine(replace(loaded, eos=frozenset()), max_tokens=12)
+    [piece] = run(engine, [Sample("2 + 2", max_tokens=5)])
+    assert (len(piece.ids), piece.finish) == (5, "length")
+    more = Sample("2 + 2", prefix=piece.ids, max_tokens=5)
+    [second] = run(engine, [more])
+    [third] = run(engine, [replace(more, prefix=second.ids)])
+    assert (len(second.ids), second.finish) == (10, "length")
+    assert (len(third.ids), third.finish) == (12, "context"), "nobody need ask for the next piece"
+    [rest] = run(engine, [replace(more, max_tokens=None)])
+    assert (len(rest.ids), rest.finish) == (12, "length")
+    [outcome] = Runner(engine).solve(TrimR(markers=("never",), interval=5), [Problem("p", "2 + 2", "4")])
+    assert len(outcome.chosen.ids) == 12
+
+
+def test_stop_strings_work_where_the_tokenizer_has_more_tokens_than_the_model(loaded: Loaded) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<image>", "<sound>"])
+    more = wrap(loaded.model, tokenizer, "more")
+    ask = Sample("2 + 2", temperature=1.0, max_tokens=60, until=("e",))
+    assert run(LocalEngine(more), [ask])[0].ids.tolist() == run(LocalEngine(loaded), [ask])[0].ids.tolist()
+
+
+def test_a_chain_is_as_long_when_its_answer_is_written_later(loaded: Loaded) -> None:
+    engine = LocalEngine(replace(loaded, eos=frozenset()))
+    [open_] = run(engine, [Sample("2 + 2", temperature=1.0, max_tokens=7)])
+    [shut] = run(engine, [Sample("2 + 2", prefix=open_.ids, inject=END_OF_THOUGHT, max_tokens=1)])
+    [answered] = run(engine, [Sample("2 + 2", temperature=1.0, prefix=shut.ids, max_tokens=5)])
+    assert thinking_length(shut) == thinking_length(answered) == len(shut.ids) == 8
 
 
 def test_roles_run_their_own_models() -> None:

@@ -40,6 +40,8 @@ def test_a_folder_is_no_method_unless_it_is_only_called_like_one(tmp_path, monke
         ("pear", "pear is of family tune.reward and has no solve()"),
         ("best-of-n:verifier=greedy", "greedy is of family solve.search and has no rate()"),
         ("best-of-n:verifer=greedy", "no field 'verifer'"),
+        ("single-pass:temperature=nan", "single-pass:temperature needs a number, not 'nan'"),
+        ("single-pass:top_p=0", "single-pass:top_p is 0: give more than 0 and at most 1"),
         ("greedy@3", "greedy@3: the number of samples goes behind @, where a strategy has one"),
         ("self-consistency@x", "self-consistency@x: the number"),
         ("self-consistencyy@3", "Did you mean 'self-consistency'"),

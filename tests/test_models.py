@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 import tiny
 from thrifty.contracts import ThriftyError
@@ -28,6 +29,14 @@ def test_a_saved_folder_loads_in_float32_on_a_cpu(folder: Path) -> None:
     assert found.eos == {found.tokenizer.eos_token_id}
     assert found.chat.open == "<think>"
     assert load(str(folder), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_special_tokens_that_have_no_name_are_no_part_of_a_response():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([AddedToken("<|turn_end|>", special=True)])
+    chat = ChatFormat.detect(tokenizer)
+    ids = tokenizer.encode("so</think>Paris<|turn_end|>", add_special_tokens=False)
+    assert chat.decode(ids) == "so</think>Paris"
 
 
 @pytest.mark.parametrize(

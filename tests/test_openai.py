@@ -149,7 +149,10 @@ def test_short_m_at_k_stops_the_rest_and_continues_the_winner(student: OpenAIEng
     assert sum(t.usage.generated for t in outcome.tried if not t.usage.partial) == billed(proxy)
 
 
-def test_a_limit_closes_the_stream_and_frees_the_server(quick: OpenAIEngine, proxy: FaultyProxy) -> None:
+def test_a_limit_closes_the_stream_and_frees_the_server(
+    quick: OpenAIEngine, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quick, "max_tokens", None)
     endless = Sample("go on", max_tokens=400)
     began = time.monotonic()
     [whole] = run(quick, endless)
@@ -192,7 +195,11 @@ def test_rows_that_wait_are_limited_too(quick: OpenAIEngine, proxy: FaultyProxy)
     engine.close()
 
 
-async def test_a_caller_that_goes_away_closes_its_stream(quick: OpenAIEngine, proxy: FaultyProxy) -> None:
+async def test_a_caller_that_goes_away_closes_its_stream(
+    quick: OpenAIEngine, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quick, "max_tokens", None)
+
     class Long:
         def solve(self, problem: Problem, rng: object) -> Any:
             [trace] = yield Sample(problem.prompt, max_tokens=400)

@@ -63,7 +63,7 @@ def test_a_prompt_that_is_sent_back_is_no_reply(echo: str, texts: tuple[str, ...
 
 def test_a_stop_string_is_found_behind_white_space_before_the_chain() -> None:
     nothing = np.zeros(0, np.int32)
-    row = Row(0, Sample("x", until=("b",)), "", {}, Text(), "", nothing, "", ("b",), False, False, None)
+    row = Row(0, Sample("x", until=("b",)), "", {}, Text(), "", nothing, "", ("b",), False, False, None, "length")
     reply = row.begin()
     for delta in ({"content": "\n\n"}, {"reasoning_content": "t"}, {"content": "a b c"}):
         reply.feed({"choices": [{"index": 0, "delta": delta}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ from click.testing import CliRunner, Result
 import tiny
 from thrifty import registry, tasks
 from thrifty.cli import app
+from thrifty.commands import _plan
 from thrifty.contracts import Grade, Outcome, Problem, Trace, Usage
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
 from thrifty.lab import Setting, choose, verdict
 from thrifty.measure import summarise
+from thrifty.models.load import load
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.traces import store
 
@@ -200,6 +204,22 @@ def test_a_plan_says_tokens_time_and_disk_and_writes_nothing(model: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_takes_no_more_memory_than_training(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(model)
+    forward, shapes = loaded.model.forward, []
+
+    @functools.wraps(forward)
+    def seen(*given: Any, **more: Any) -> Any:
+        made = forward(*given, **more)
+        shapes.append((more["input_ids"].numel(), made.logits.shape[1]))
+        return made
+
+    monkeypatch.setattr(loaded.model, "forward", seen)
+    for length in (10, 300):
+        assert _plan._per_position(loaded, length) > 0
+    assert all(positions <= _plan.POSITIONS and kept == 1 for positions, kept in shapes)
+
+
 def test_a_plan_counts_the_weights_of_a_model_that_is_trained_as_a_whole(tmp_path: Path) -> None:
     def megabytes(*words: str) -> int:
         result = thrifty("run", "sft", "--model", "long", "--runs", tmp_path, *SMALL, "--plan", *words)
@@ -351,8 +371,10 @@ def test_chains_that_nobody_got_right_are_no_lesson(model: str, tmp_path: Path) 
     ("words", "told"),
     [
         (("--alphas", "0,much"), "--alphas needs a number, not 'much'"),
-        (("--alphas", "nan"), "alphas must be numbers"),
-        (("--mix-alphas", "nan"), "alphas must be numbers"),
+        (("--alphas", "nan"), "--alphas needs a number, not 'nan'"),
+        (("--mix-alphas", "inf"), "--mix-alphas needs a number, not 'inf'"),
+        (("--top-p", "1.5"), "--top-p is 1.5: give more than 0 and at most 1"),
+        (("--temperature", "-1"), "--temperature is -1: give 0 or more"),
         (("--mixchain", "z"), "give --tuning ++ or +p"),
         (("--reference", "./nowhere"), "no folder ./nowhere"),
         (("--rankk", "4"), "Did you mean"),
@@ -420,6 +442,16 @@ def test_measure_compares_strategies_and_counts_money(model: str, tmp_path: Path
     assert 0 < one["money"] < three["money"]
 
 
+def test_strategies_that_differ_in_marks_alone_are_measured_each_by_itself(model: str, tmp_path: Path) -> None:
+    names = [f"trimr:markers= ,answer={pattern},agreements=1,interval=5" for pattern in (r"(\w)", r"!(\w)")]
+    words = [word for name in names for word in ("--strategy", name)]
+    result = thrifty("measure", "--model", model, "--runs", tmp_path, "--name", "m", *SMALL, *words)
+    assert result.exit_code == 0, result.output
+    stages = [path.name for path in (tmp_path / "m" / "stages").iterdir()]
+    assert len(stages) == 2
+    assert len({name.rpartition("-")[0] for name in stages}) == 1, "their words are the same"
+
+
 def test_logs_without_answers_are_measured_by_agreement(model: str, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"what is {i} + {i}?"}) for i in range(5)))
@@ -443,6 +475,9 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     for recipe in ("cot-valve", "measure"):
         path.write_text(yaml.safe_dump({"recipe": recipe, "modell": "long"}))
         assert "has 'modell', which is no setting. Did you mean 'model'?" in refused("run", path)
+    for name, value in (("n", "abc"), ("n", 1.5), ("max_tokens", -5), ("seed", -1), ("dtype", "int4")):
+        path.write_text(yaml.safe_dump({"recipe": "cot-valve", name: value}))
+        assert f"config.yaml: {name}: " in refused("run", path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

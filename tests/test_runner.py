@@ -5,11 +5,12 @@ import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thrifty.contracts import All, Budget, Call, Emit, First, Grade, OutOfBudget, Problem, Sample, Score
+from thrifty.contracts import All, Budget, Call, Emit, First, Grade, OutOfBudget, Problem, Sample, Score, Trace
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
 from thrifty.solve.search.self_consistency import SelfConsistency
@@ -100,6 +101,16 @@ def test_tokens_in_the_traces_are_the_tokens_made(m, extra, batch, lengths):
     engine, outcomes = solve(ShortMAtK(m=m, k=m + extra), batch, script=varied)
     assert engine.generated == sum(o.usage.generated for o in outcomes)
     assert engine.generated == sum(len(t.ids) - t.start for o in outcomes for t in o.tried)
+
+
+def test_a_response_without_a_chain_is_not_gone_on_with():
+    talk = ShortMAtK(m=1, k=2).solve(PROBLEMS[0], random.Random(0))
+    next(talk)
+    ended = [Trace(np.arange(n), "", "7", True, "stop", answer="7") for n in (4, 6)]
+    assert talk.send(ended).items == []
+    with pytest.raises(StopIteration) as done:
+        talk.send([])
+    assert done.value.value is ended[0]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,6 @@
 """TrimR: a chain that has agreed with itself is told to conclude, one that finds no end is closed."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 
 import tiny
 from thrifty import assets
-from thrifty.contracts import END_OF_THOUGHT, Budget, Problem
+from thrifty.contracts import END_OF_THOUGHT, Budget, Problem, ThriftyError
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
@@ -45,6 +46,22 @@ def solve(method, *pieces, size=64, budget=None):
     ran = engine(*pieces, size=size)
     [outcome] = Runner(ran, budget=budget).solve(method, [PROBLEM])
     return outcome, ran
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"interval": 0}, "trimr:interval is 0: give at least 1"),
+        ({"sentences": 0}, "trimr:sentences is 0"),
+        ({"markers": ()}, "trimr:markers is ()"),
+        ({"replies": ("Yes",)}, "trimr:replies is ('Yes',)"),
+        ({"answer": "("}, "answer is a pattern"),
+        ({"asks_answer": "{foo}"}, "{question} and {text} stand in asks_answer"),
+    ],
+)
+def test_settings_with_which_no_chain_would_end_or_be_judged_are_refused(changes, told):
+    with pytest.raises(ThriftyError, match=re.escape(told)):
+        solve(replace(FAST, **changes), "so 10")
 
 
 AGREES = ("so 10 Wait", "or so 10 Wait", "yes so 10 Wait", LONG)

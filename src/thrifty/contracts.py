@@ -244,8 +244,8 @@ class Sample:
 
     With ``first=m`` the ``m`` with the fewest tokens (ties by index) run to their end and the others are stopped
     at that many tokens: they come back too, with ``finish == "cancelled"``. ``prefix`` continues, forks or rewinds a
-    response. ``until`` ends a row after a stop string (kept in the trace). ``max_tokens`` counts new tokens. Where
-    it, ``temperature`` or ``top_p`` is None, the engine's own is taken.
+    response. ``until`` ends a row after a stop string (kept in the trace). ``max_tokens`` counts new tokens; beside it
+    an engine may limit the whole response. Where ``temperature`` or ``top_p`` is None, the engine's own is taken.
     """
 
     prompt: Prompt

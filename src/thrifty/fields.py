@@ -6,6 +6,7 @@ How many samples a strategy takes may stand behind ``@``: ``self-consistency@5``
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -19,6 +20,11 @@ from thrifty.contracts import ThriftyError
 SHORT = r"short-(\d{1,4})@(\d{1,4})"
 """The paper's way to write m and k of short-m@k."""
 ALIASES = {"majority": "self-consistency"}
+RANGES = {
+    "temperature": (0.0, math.inf, "0 or more"),
+    "top_p": (1e-9, 1.0, "more than 0 and at most 1"),
+}
+"""What fields of these names, which mean the same everywhere, may be: least, most, and in words."""
 COUNTS = ("k", "n", "samples", "width")
 """Fields that say how many samples a strategy takes."""
 
@@ -120,6 +126,9 @@ def typed(cls: type, values: Mapping[str, Any], key: str | None = None) -> dict[
             takes = ", ".join(map(told, names)) or "none"
             raise ThriftyError(f"{key or cls.__name__} has no field {name!r}.{near} It takes: {takes}")
         out[name] = _convert(hints[name], told(name), value)
+        least, most, what = RANGES.get(name, (-math.inf, math.inf, ""))
+        if isinstance(out[name], float) and not least <= out[name] <= most:
+            raise ThriftyError(f"{told(name)} is {out[name]:g}: give {what}")
     return out
 
 
@@ -143,9 +152,12 @@ def _convert(kind: Any, option: str, value: Any) -> Any:
     if getattr(kind, "_is_protocol", False):  # another method, as a part of this one
         return made(value, next(name for name in registry.VERBS if hasattr(kind, name)))
     if kind in (int, float, str):
+        what = {int: "a whole number", float: "a number"}.get(kind, "text")
         try:
-            return kind(value)
+            found = kind(value)
         except (TypeError, ValueError):
-            what = {int: "a whole number", float: "a number"}[kind]
             raise ThriftyError(f"{option} needs {what}, not {value!r}") from None
+        if kind is float and not math.isfinite(found):
+            raise ThriftyError(f"{option} needs {what}, not {value!r}")
+        return found
     raise ThriftyError(f"{option} cannot be given on the command line ({kind}); use Python")

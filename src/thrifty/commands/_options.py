@@ -33,7 +33,7 @@ def asking(splits: Sequence[str]) -> Callable[[Any], Any]:
         ),
         click.option("--n", default=500, type=click.IntRange(1), help="Problems to measure on."),
         click.option("--split", type=click.Choice(splits), default="test", help="Whose problems to measure on."),
-        click.option("--seed", default=0, help="Of problems, sampling and training."),
+        click.option("--seed", default=0, type=click.IntRange(0), help="Of problems, sampling and training."),
         click.option("--batch-size", default=128, type=click.IntRange(1), help="Rows generated at once."),
         click.option("--max-tokens", type=click.IntRange(1), help="New tokens per response.  [default: what fits]"),
         click.option("--device", default="auto", help="cpu, cuda, cuda:1 or auto."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 from thrifty.contracts import ThriftyError
 from thrifty.engines.runner import Runner
 from thrifty.lab import Lab
+from thrifty.models.load import Loaded
 from thrifty.solve.search.single_pass import SinglePass
 
 PROBE = 32
+POSITIONS = 2048
+"""Positions per forward pass, as in training."""
 
 
 def estimate(lab: Lab, method: Any) -> str:
@@ -36,11 +40,7 @@ def estimate(lab: Lab, method: Any) -> str:
     prompt = sum(o.usage.prompt + o.usage.cached for o in outcomes) / len(outcomes)
     rate = made * len(outcomes) / seconds
 
-    ids = torch.zeros((8, max(2, int(prompt + made))), dtype=torch.long, device=loaded.device)
-    with torch.inference_mode():
-        started = time.perf_counter()
-        loaded.model(input_ids=ids, use_cache=False)
-        per_position = (time.perf_counter() - started) / ids.numel()
+    per_position = _per_position(loaded, max(2, int(prompt + made)))
 
     passes = method.passes(lab.n)
     sampled, trained = passes["sampled"] * made, passes["trained"] * (prompt + made)
@@ -57,3 +57,16 @@ def estimate(lab: Lab, method: Any) -> str:
             f"time about {minutes:.1f} min on this machine, disk about {disk / 1e6:.0f} MB",
         )
     )
+
+
+def _per_position(loaded: Loaded, length: int) -> float:
+    """Seconds of a forward pass per position, in a batch as training has it: no more memory than that takes."""
+    ids = torch.zeros((max(1, POSITIONS // length), length), dtype=torch.long, device=loaded.device)
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters else {}
+    with torch.inference_mode():
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            loaded.model(input_ids=ids, use_cache=False, **few)
+            if ids.device.type == "cuda":
+                torch.cuda.synchronize(ids.device)
+    return (time.perf_counter() - started) / ids.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,16 @@ def name_of(*parts: str) -> str:
     'cot-valve-my-Model-rg-chain_sum-0'
     """
     return re.sub(r"[^\w.=-]+", "-", "-".join(part for part in parts if part)).strip("-.")[:120]
+
+
+def stage_of(label: str) -> str:
+    """The folder name of a setting, one of its own where two labels differ in marks alone or late.
+
+    >>> stage_of("single-pass"), stage_of("short-m-at-k:m=3,k=8")
+    ('single-pass', 'short-m-at-k-m=3-k=8-6c7c8d62')
+    """
+    name = name_of(label)
+    return name if name == label else f"{name}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def _measure(lab: Any, config: dict[str, Any], chosen: list[tuple[str, Any]]) ->
         for alpha in config["alphas"] or [None]:
             label = text if alpha is None else f"{text}, α = {alpha:g}"
             strengths = None if adapter is None else {ADAPTER: 1.0 if alpha is None else alpha}
-            run = lab.solve(_runs.name_of(label), strategy, problems, engine, strengths, budget=config["budget"])
+            run = lab.solve(_runs.stage_of(label), strategy, problems, engine, strengths, budget=config["budget"])
             settings.append(Setting(label, run, alpha))
     notes = [*_saved(lab, config["decoder"]), *lab.notes([] if config["no_gold"] else problems)]
     return Report(settings, settings[0].name, notes=notes)

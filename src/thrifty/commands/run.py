@@ -76,7 +76,14 @@ def main(
 def _again(ctx: click.Context, path: Path, config: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The configuration of an earlier run, changed by what the command line names."""
     _known(path, config, [*options, "recipe", "fields"])
-    return {**options, "fields": {}, **config, **{k: v for k, v in options.items() if _named(ctx, k)}}
+    read = dict(config)
+    for option in ctx.command.params:
+        if (value := config.get(str(option.name))) is not None:
+            try:  # as words, which click checks: 1.5 would pass for a whole number
+                read[str(option.name)] = option.type_cast_value(ctx, value if isinstance(value, bool) else str(value))
+            except click.BadParameter as error:
+                raise ThriftyError(f"{path}: {option.name}: {error.message}") from error
+    return {**options, "fields": {}, **read, **{k: v for k, v in options.items() if _named(ctx, k)}}
 
 
 def _measured(ctx: click.Context, path: Path, config: Mapping[str, Any]) -> None:

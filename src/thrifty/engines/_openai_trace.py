@@ -40,6 +40,8 @@ class Row:
     closing: bool
     """One of the stop strings is the chain's closing tag."""
     cap: int | None
+    full: Finish
+    """How it ends there."""
     prompt_ids: np.ndarray | None = None
     limit: int | None = None
     cut: Finish | None = None
@@ -82,7 +84,7 @@ class Row:
         elif self.limit is not None and self.count >= self.limit:
             self.cut = "cancelled"
         elif self.cap is not None and self._seen > self.cap + OVERRUN:
-            self.cut = "length"
+            self.cut = self.full
         return self.cut is not None
 
     def _find(self, channel: Channel, part: str) -> None:
@@ -107,7 +109,7 @@ class Row:
         if self.cut is not None or reply is None:
             return self.cut or "cancelled"
         if reply.finish == "length":
-            return "length"
+            return self.full
         if reply.stop is not None or self.hit is not None or self._closed_by_stop(reply):
             return "until"
         return "stop" if reply.finish in ("stop", "eos", "end_turn") else "cancelled"

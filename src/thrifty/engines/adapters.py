@@ -8,10 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from thrifty.contracts import ThriftyError
 from thrifty.engines.reader import Reader
 from thrifty.models.load import Loaded
 from thrifty.models.strength import Dial
+
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of a LoRA that take its first values off the weights beside it, by the beginning of their names in peft."""
 
 
 class Adapters:
@@ -36,23 +41,35 @@ class Adapters:
             raise ThriftyError(f"this engine has an adapter {name!r} already: choose another name")
         if not (folder / "adapter_config.json").is_file():
             raise ThriftyError(f"{folder} holds no adapter (no adapter_config.json): give the folder that peft saved")
-        config = PeftConfig.from_pretrained(str(folder))
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ThriftyError(
+                f"{folder}/adapter_config.json is none that peft wrote ({error}): save it again"
+            ) from error
         if config.peft_type != "LORA":
             raise ThriftyError(
                 f"{folder} holds a {config.peft_type} adapter; only a LoRA takes a strength per row: convert it first"
             )
         if getattr(config, "use_dora", False):
             raise ThriftyError(f"{folder} holds a DoRA, which takes one strength per call: use a plain LoRA")
+        _check(folder, config)
         model, carried = self.reader.model, self._carried()
         inside = next(n for n in (name, *(f"{name}-{i}" for i in range(len(carried) + 1))) if n not in carried)
         active = {layer: layer._active_adapter for layer in _lora_layers(model)}
         learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if isinstance(self.loaded.model, PeftModel):
-                self.loaded.model.load_adapter(str(folder), adapter_name=inside)
-            else:
-                PeftModel.from_pretrained(model, str(folder), adapter_name=inside)
+            try:
+                if isinstance(self.loaded.model, PeftModel):
+                    self.loaded.model.load_adapter(str(folder), adapter_name=inside)
+                else:
+                    PeftModel.from_pretrained(model, str(folder), adapter_name=inside)
+            except (ValueError, RuntimeError, SafetensorError) as error:  # other modules, other shapes, a torn file
+                raise ThriftyError(
+                    f"{folder} does not fit {self.loaded.name}, or is damaged: {str(error).strip().splitlines()[0]}; "
+                    "give the model that it was trained on, or save the adapter again"
+                ) from error
         # peft also warns of the adapters that were there before, which this folder does not hold.
         if any("missing adapter keys" in str(w.message) and f".{inside}." in str(w.message) for w in caught):
             raise ThriftyError(f"{folder} lacks weights that its adapter_config.json speaks of: save the adapter again")
@@ -113,6 +130,27 @@ class Adapters:
 
     def _carried(self) -> tuple[str, ...]:
         return tuple(getattr(self.reader.model, "peft_config", None) or ())
+
+
+def _check(folder: Path, config: Any) -> None:
+    """Refuse a LoRA whose weights are not there, or that changes the model at strength 0 as well."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft would look for them on the Hub
+        raise ThriftyError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME} (no pickle is read): save the adapter again")
+    more = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
+    more += ["bias"] if getattr(config, "bias", "none") != "none" else []
+    if more:
+        raise ThriftyError(
+            f"{folder} trained more than a LoRA ({', '.join(more)}), which no strength turns: use a plain LoRA, or "
+            "merge it (merge_and_unload) and give the whole model"
+        )
+    start = str(getattr(config, "init_lora_weights", True)).lower()
+    if start.startswith(MOVES_THE_BASE):
+        raise ThriftyError(
+            f"{folder} began as {start}, which changes the model's own weights when it is loaded: save it with "
+            "thrifty.edges.peft.save_lora, or with peft's path_initial_model_for_weight_conversion"
+        )
 
 
 def _lora_layers(model: Any) -> list[Any]:

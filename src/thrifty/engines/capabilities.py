@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from thrifty.contracts import Card, Engine, Hidden, Sample, Score, ThriftyError
+from thrifty.contracts import Card, Engine, Finish, Hidden, Sample, Score, ThriftyError
 
 CAPABILITIES: dict[str, frozenset[str]] = {
     "local": frozenset(
@@ -75,6 +75,21 @@ def check_row(request: Sample, temperature: float, top_p: float) -> tuple[float,
     if temperature < 0 or not 0 < top_p <= 1:
         raise ThriftyError(f"temperature {temperature} and top_p {top_p}: need >= 0 and in (0, 1]")
     return temperature, top_p
+
+
+def caps(request: Sample, limit: int | None, injected: int) -> list[tuple[int, Finish]]:
+    """New tokens that a row may have, and how it ends there: by the request's own limit, and by the engine's.
+
+    The engine's is of a whole response, however many requests it is written in. Where it ends a piece before the
+    piece's own limit there is no more room: ``context``, so that nobody asks for the next one.
+    """
+    found: list[tuple[int, Finish]] = []
+    if request.max_tokens is not None:
+        found.append((max(0, request.max_tokens - injected), "length"))
+    if limit is not None:
+        end: Finish = "context" if len(request.prefix) and request.max_tokens is not None else "length"
+        found.append((max(0, limit - len(request.prefix) - injected), end))
+    return found
 
 
 def refuse(who: str, wanted: set[str], engine: Engine) -> None:

@@ -13,7 +13,6 @@ import torch
 
 from thrifty.contracts import (
     END_OF_THOUGHT,
-    Finish,
     Hidden,
     Prompt,
     RowFailed,
@@ -28,7 +27,7 @@ from thrifty.contracts import (
 from thrifty.engines import sampling
 from thrifty.engines.adapters import Adapters
 from thrifty.engines.batch import Batch, Ended, Row
-from thrifty.engines.capabilities import CAPABILITIES, check_row
+from thrifty.engines.capabilities import CAPABILITIES, caps, check_row
 from thrifty.engines.decoding import Decoders
 from thrifty.engines.meter import Meter
 from thrifty.engines.reader import ScoreRow
@@ -41,9 +40,9 @@ SLICE = 16
 class LocalEngine:
     """Runs ``loaded`` (one model, or several by role) on its own device. Implements ``contracts.Engine``.
 
-    ``batch_size`` rows run at once per role. ``temperature``, ``top_p`` and ``max_tokens`` hold where a request names
-    none; without any ``max_tokens`` a row may fill the context. ``prefix_bytes`` bounds the memory in which ended rows
-    stay, so that continuing them costs nothing. The meter counts every forward of the models.
+    ``batch_size`` rows run at once per role. ``temperature`` and ``top_p`` hold where a request names none;
+    ``max_tokens`` limits every response, which without any may fill the context. ``prefix_bytes`` bounds the memory in
+    which ended rows stay, so that continuing them costs nothing. The meter counts every forward of the models.
     """
 
     name = "local"
@@ -106,16 +105,13 @@ class LocalEngine:
             raise ThriftyError("a decoder takes no controls and hands back no log-probabilities: drop them")
         injected = self._ids(batch, request.inject.replace(END_OF_THOUGHT, chat.close))
         context = self._context(batch, key, prompt, request.prefix, injected, 0)
-        wanted = request.max_tokens if request.max_tokens is not None else self.max_tokens
         room = None if batch.loaded.context is None else batch.loaded.context - len(context)
-        caps: list[tuple[int, Finish]] = []
-        if wanted is not None:
-            caps.append((max(0, wanted - len(injected)), "length"))
+        limits = caps(request, self.max_tokens, len(injected))
         if room is not None:
-            caps.append((room, "context"))
-        if not caps:
+            limits.append((room, "context"))
+        if not limits:
             raise ThriftyError(f"model {batch.loaded.name} names no context length: give max_tokens")
-        cap, full = min(caps, key=lambda pair: pair[0])
+        cap, full = min(limits, key=lambda pair: pair[0])
         row = Row(
             ticket, request, context, len(prompt), len(injected), cap, full,
             tuple(stop.replace(END_OF_THOUGHT, chat.close) for stop in request.until),

@@ -22,6 +22,7 @@ import numpy as np
 
 from thrifty.contracts import (
     END_OF_THOUGHT,
+    Finish,
     Hidden,
     Prompt,
     RowFailed,
@@ -37,13 +38,14 @@ from thrifty.engines._openai_probe import Facts, probe, tokens_field
 from thrifty.engines._openai_score import ScoreRow, score
 from thrifty.engines._openai_text import Text
 from thrifty.engines._openai_trace import Row, build, lost
-from thrifty.engines.capabilities import check_row
+from thrifty.engines.capabilities import caps, check_row
 from thrifty.models.chat import TAGS
 
 __all__ = ["OpenAIEngine", "Patience"]
 
 SLICE = 0.02
 """Seconds that a poll waits for a row to end."""
+NO_LIMIT: tuple[None, Finish] = (None, "length")
 STOPS = 4
 """Stop strings that the API takes; with more, streams are cut here."""
 OURS = frozenset({"model", "messages", "prompt", "stream", "stream_options", "n", "stop", "seed", "logprobs"})
@@ -56,9 +58,9 @@ class OpenAIEngine:
 
     ``tokenizer`` (a folder, a Hub id, or a transformers tokenizer) is the served model's: with it tokens are counted
     exactly and responses are continued. ``api_key_env`` names the environment variable that holds the key. ``api``
-    "completions" renders every prompt here. ``temperature``, ``top_p`` and ``max_tokens`` hold where a request names
-    none. ``extra`` are further fields of every body, such as ``{"chat_template_kwargs": {...}}``. ``tags`` open and
-    close a chain where there is no tokenizer to tell.
+    "completions" renders every prompt here. ``temperature`` and ``top_p`` hold where a request names none;
+    ``max_tokens`` limits every response. ``extra`` are further fields of every body, such as
+    ``{"chat_template_kwargs": {...}}``. ``tags`` open and close a chain where there is no tokenizer to tell.
 
     The server is probed once per process: ``facts`` is what was found, ``missing`` says why a capability is not there.
     Raises ThriftyError where the server cannot be reached, refuses the key, or does not speak the API.
@@ -197,8 +199,8 @@ class OpenAIEngine:
         sent = bool(stops) and len(stops) <= STOPS and facts.stops in ("named", "kept")
         # Whoever hides where it stopped can still be told the closing tag: chain and response come apart there.
         sent = sent or (stops == (chat.close,) and facts.stops == "stripped" and not completions)
-        wanted = request.max_tokens if request.max_tokens is not None else self.max_tokens
-        cap = None if wanted is None else max(0, wanted - len(injected))
+        limits = caps(request, self.max_tokens, len(injected))
+        cap, full = min(limits, key=lambda pair: pair[0]) if limits else NO_LIMIT
         body: dict[str, Any] = {
             "stream_options": {"include_usage": True}, "temperature": temperature, "top_p": top_p,
             "seed": _seed(self.seed, key),
@@ -229,7 +231,7 @@ class OpenAIEngine:
         return Row(
             ticket, request, "/completions" if completions else "/chat/completions",
             self.extra | {"model": self.model} | body | {"stream": True}, self.text,
-            turns[-1]["content"] if facts.echoes else "", injected, before, stops, sent, chat.close in stops, cap,
+            turns[-1]["content"] if facts.echoes else "", injected, before, stops, sent, chat.close in stops, cap, full,
             prompt_ids,
         )  # fmt: skip
 
@@ -310,7 +312,7 @@ class OpenAIEngine:
             return
         async with self._slots:
             if row.cap == 0:
-                row.cut = "length"
+                row.cut = row.full
                 return
             try:
                 await self.endpoint.ask(row.path, row.body, row.begin, row.enough)

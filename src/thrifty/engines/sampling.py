@@ -75,8 +75,8 @@ class Stops:
             if letter not in self._tables:
                 # Part of a letter decodes to U+FFFD; blanks are lost when some tokenizers decode a token alone.
                 can = [letter in piece or "\ufffd" in piece or letter.isspace() for piece in self._pieces]
-                table = np.ones(self.size, bool)
-                table[: len(can)] = can
+                table = np.ones(self.size, bool)  # a tokenizer may have more tokens than the model, or fewer
+                table[: len(can)] = can[: self.size]
                 self._tables[letter] = table
             whole |= self._tables[letter]
         return whole

@@ -124,6 +124,8 @@ class ScriptedEngine:
         closed = CLOSE in words
         cut = words.index(CLOSE) + 1 if closed else len(words)
         thought = max(0, min(cut, len(ids)) - len(head))
+        start = len(row.prefix)
+        turn = max(start, cut)
         prompt: Any = row.request.prompt
         trace = Trace(
             ids=np.array(ids, np.int32),
@@ -131,8 +133,8 @@ class ScriptedEngine:
             response=" ".join(words[cut:]),
             closed=closed,
             finish=finish,
-            start=len(row.prefix),
-            spans=tuple(s for s in (Span(0, cut, "thought"), Span(cut, len(ids), "answer")) if s.end > s.start),
+            start=start,
+            spans=tuple(s for s in (Span(start, cut, "thought"), Span(turn, len(ids), "answer")) if s.end > s.start),
             usage=Usage(
                 prompt=len(str(prompt).split()),
                 cached=len(row.prefix),

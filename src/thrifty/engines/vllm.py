@@ -32,7 +32,7 @@ from thrifty.contracts import (
 from thrifty.engines import _vllm_controls, sampling
 from thrifty.engines._vllm_lora import RANKS, check_lora, export_strength
 from thrifty.engines._vllm_rows import Open, Row, Scoring, build, why
-from thrifty.engines.capabilities import CAPABILITIES, check_row
+from thrifty.engines.capabilities import CAPABILITIES, caps, check_row
 from thrifty.models.chat import ChatFormat
 
 SLICE = 0.02
@@ -46,8 +46,8 @@ class VllmEngine:
     ``adapters`` are LoRA folders by name; a request's strength is exported once, below ``exports`` (default: a
     temporary folder). One LoRA per request is vLLM's limit. ``thinking_token_budget`` is vLLM's own and goes with every
     request; it needs ``reasoning_parser`` or ``reasoning_config`` among the ``options``, which are fields of vLLM's
-    ``EngineArgs``. ``controls=False`` leaves our logits processor out. ``temperature``, ``top_p`` and ``max_tokens``
-    hold where a request names none.
+    ``EngineArgs``. ``controls=False`` leaves our logits processor out. ``temperature`` and ``top_p`` hold where a
+    request names none; ``max_tokens`` limits every response.
 
     Seeds are vLLM's: equal for a row's key, but continuing a row draws other numbers than running it through, and
     near-ties may depend on the batch. Tokens that a control forces count as sampled. A cancelled row is *partial*:
@@ -116,11 +116,8 @@ class VllmEngine:
         injected = self._ids(request.inject.replace(END_OF_THOUGHT, self.chat.close))
         context = [*prompt, *prefix, *injected]
         self._check(context, key)
-        wanted = request.max_tokens if request.max_tokens is not None else self.max_tokens
-        caps: list[tuple[int, Finish]] = [(self.context - len(context), "context")]
-        if wanted is not None:
-            caps.insert(0, (max(0, wanted - len(injected)), "length"))
-        cap, full = min(caps, key=lambda pair: pair[0])
+        limits = [*caps(request, self.max_tokens, len(injected)), (self.context - len(context), "context")]
+        cap, full = min(limits, key=lambda pair: pair[0])
         row = Row(ticket, request, prompt, prefix, injected, cap, full, time.monotonic())
         if cap <= 0:
             self._end(row, full)

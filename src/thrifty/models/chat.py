@@ -127,7 +127,9 @@ class ChatFormat:
     def _dropped(self) -> frozenset[int]:
         vocabulary = self.tokenizer.get_vocab()
         tags = {vocabulary.get(self.open), vocabulary.get(self.close)}
-        return frozenset(i for i in self.tokenizer.all_special_ids if i not in tags)
+        # Tokens that end a turn are often special without being one of the tokenizer's named ones.
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset({*self.tokenizer.all_special_ids, *special} - tags)
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> str:

@@ -66,7 +66,9 @@ FAILURE = (
     r"|that(?:'s| is) (?:wrong|not right|incorrect)|this is wrong|fail(?:s|ed)?|backtrack\w*|back up)\b"
     r"|\b(?:no|wrong)\b(?=\s*(?:back\b|undo\b|[.,;!]?\s*$))"
 )
-_NODE = re.compile(r'("[^"]*"|[\w.]+)\s*(\[[^\]]*\])?')
+_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|/\*.*?\*/|//[^\n]*|^#[^\n]*', re.DOTALL | re.MULTILINE)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|-[->]|[\[\]{};,=\n]|(?:(?!-[->])[^\s\[\]{};,="])+')
+_WORDS = ("node", "edge", "graph", "digraph", "subgraph", "strict")
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,45 @@ class FailedStepFraction:
 
 
 def from_graphviz(graph: str, marked: str = r"red|fail|abandon") -> float:
-    """FSF of a chain that a model wrote as a Graphviz graph: the share of nodes whose attributes match ``marked``."""
-    attributes: dict[str, str] = {}
-    body = graph.partition("{")[2].rpartition("}")[0]
-    for statement in re.split(r"[;\n]", body):
-        for name, given in _NODE.findall(re.sub(r"-[->]", " ", statement)):
-            if name not in ("node", "edge", "graph", "digraph", "subgraph"):
-                attributes[name] = attributes.get(name, "") + ("" if "->" in statement else given)
-    failed = [bool(re.search(marked, given, re.IGNORECASE)) for given in attributes.values()]
+    """FSF of a chain that a model wrote as a Graphviz graph: the share of nodes whose attributes match ``marked``.
+
+    Labels and tooltips say what a step is about and mark nothing.
+    """
+    tokens = _TOKEN.findall(_COMMENT.sub(r"\1", graph.partition("{")[2].rpartition("}")[0]))
+    usual, marks = "", dict[str, str]()  # the attributes of nodes to come, and of each node
+    here: list[str] = []  # names of this statement
+    joined = False
+    while tokens:
+        token = tokens.pop(0)
+        if token == "[":
+            end = tokens.index("]") if "]" in tokens else len(tokens)
+            given, tokens = _attributes(tokens[:end]), tokens[end + 1 :]
+            if here == ["node"]:
+                usual += given
+            elif not joined and here and here[-1] in marks:
+                marks[here[-1]] += given
+        elif token == "=":  # of the graph, not a node
+            if here and marks.get(here[-1]) == usual:
+                del marks[here[-1]]
+            tokens, here = tokens[1:], []
+        elif token in ("->", "--"):
+            joined = True
+        elif token in ("{", "}", ";", ",", "\n"):
+            if token != "\n" or not (tokens and tokens[0] in ("[", "->", "--")):
+                here, joined = [], False
+        else:
+            here.append(token.strip('"') if '"' in token else token.partition(":")[0])  # a:n is a port of a
+            if token not in _WORDS and here[0] != "subgraph":
+                marks.setdefault(here[-1], usual)
+    failed = [bool(re.search(marked, given, re.IGNORECASE)) for given in marks.values()]
     return sum(failed) / len(failed) if failed else 0.0
+
+
+def _attributes(tokens: Sequence[str]) -> str:
+    """Names and values, but for those that are text to read."""
+    words = [token for token in tokens if token not in ("=", ",", ";", "\n")]
+    pairs = zip(words[::2], words[1::2])
+    return " ".join(f"{name}={value}" for name, value in pairs if name.strip('"') not in ("label", "xlabel", "tooltip"))
 
 
 def _shares_choice(words: Sequence[Sequence[str]], dead: int) -> list[int]:

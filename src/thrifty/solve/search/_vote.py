@@ -8,8 +8,11 @@ from thrifty.contracts import Trace
 
 
 def thinking_length(trace: Trace) -> int:
-    """Tokens of the chain, its closing tag included."""
-    return next((span.end for span in trace.spans if span.kind == "thought"), 0)
+    """Tokens of the chain, its closing tag included.
+
+    Spans are of new tokens alone: where a closed chain is gone on with, the chain is what was given.
+    """
+    return max((span.end for span in trace.spans if span.kind == "thought"), default=trace.start)
 
 
 def majority(traces: Sequence[Trace]) -> Trace | None:

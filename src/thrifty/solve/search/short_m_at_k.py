@@ -60,8 +60,10 @@ class ShortMAtK:
         ask = Sample(problem.prompt, temperature=self.temperature, top_p=self.top_p)
         started = yield replace(ask, n=self.k, first=self.m, until=(END_OF_THOUGHT,))
         finished = [t for t in started if t.finish != "cancelled"]
-        answers = yield All([replace(ask, prefix=t.ids) for t in finished if t.closed])
-        traces = [t for [t] in answers] + [t for t in finished if not t.closed]
+        # A response without a chain has ended already: what comes after its end is none of it.
+        thought = [t.closed and t.finish == "until" for t in finished]
+        answers = yield All([replace(ask, prefix=t.ids) for t, more in zip(finished, thought) if more])
+        traces = [t for [t] in answers] + [t for t, more in zip(finished, thought) if not more]
         return majority(traces) or traces[0]
 
 

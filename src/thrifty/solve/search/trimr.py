@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from thrifty.contracts import END_OF_THOUGHT, All, Card, Problem, Sample, Score, Talk, Trace
+from thrifty.contracts import END_OF_THOUGHT, All, Card, Problem, Sample, Score, Talk, ThriftyError, Trace
 from thrifty.traces.segment import cuts
 
 CARD = Card(
@@ -127,6 +127,7 @@ class TrimR:
     top_p: float = field(default=0.95, metadata={"help": "nucleus mass"})
 
     def solve(self, problem: Problem, rng: random.Random) -> Talk:
+        self._check()
         ask = Sample(problem.prompt, temperature=self.temperature, top_p=self.top_p)
         ends = (*self.markers, END_OF_THOUGHT)
         ids: Any = ()
@@ -165,6 +166,25 @@ class TrimR:
             if spent or pieces >= self.most or self._loops(ids):
                 [trace] = yield replace(ask, prefix=ids, inject=self.forced + END_OF_THOUGHT)
                 return trace
+
+    def _check(self) -> None:
+        """Raise ThriftyError for settings with which no chain would end or be judged."""
+        for name in ("agreements", "most", "interval", "sentences", "repeat_tokens", "repeat_times"):
+            if getattr(self, name) < 1:
+                raise ThriftyError(f"trimr:{name} is {getattr(self, name)}: give at least 1")
+        if not all(self.markers) or not self.markers:
+            raise ThriftyError(f"trimr:markers is {self.markers}: give texts that begin a sub-thought")
+        if len(self.replies) != 2:
+            raise ThriftyError(f"trimr:replies is {self.replies}: give what stands for yes and for no")
+        try:
+            re.compile(self.answer)
+            self.asks_answer.format(question="", text="")
+            self.asks_same.format(question="", text="", before="")
+        except (re.error, KeyError, IndexError, ValueError) as error:
+            raise ThriftyError(
+                f"trimr: {error}; answer is a pattern, {{question}} and {{text}} stand in asks_answer, in asks_same "
+                "{before} too"
+            ) from error
 
     def pieces(self, thought: str) -> list[str]:
         """The sub-thoughts of a chain, markers left out; the last one may be under way."""
