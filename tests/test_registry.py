@@ -77,11 +77,15 @@ def test_evidence_is_told_as_ratios_and_differences_of_the_arms():
     halved = {"value": math.log(2), "low": math.log(1.25), "high": math.log(2.5)}
     effects = (halved, {"value": -0.01, "low": -0.02, "high": 0.005}, {"value": 0.2, "low": 0.1, "high": 0.3})
     run = {
-        "registered": {"parts": parts},
+        "registered": {"parts": parts, "unit": "training"},
         "parts": [{"name": p["name"], "effect": e} for p, e in zip(parts, effects)],
     }
     told = "tokens ×0.50 [×0.40, ×0.80]; accuracy -0.010 [-0.020, +0.005]; error -0.200 [-0.300, -0.100]"
     assert _effects(run) == told
+    # of problems it is the geometric mean of their ratios; that of their totals stands beside it
+    units = [{"method": {"tokens": {"mean": new}}, "comparator": {"tokens": {"mean": 100.0}}} for new in (50.0, 70.0)]
+    per_problem = run | {"registered": {"parts": parts, "unit": "student"}, "units": units}
+    assert _effects(per_problem) == told.replace("×0.80]", "×0.80], totals ×0.60")
     assert [_asked(part) for part in parts] == [
         "tokens at most ×0.80",
         "accuracy at least -0.030",

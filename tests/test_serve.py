@@ -267,7 +267,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"thrifty": {"strategy": "short-m-at-k", "kk": 3}}, 400, "no field 'kk'"),
     ({"thrifty": {"strategy": "short-m-at-k", "m": -1}}, 400, "negative"),
     ({"thrifty": {"strategy": "short-m-at-k", "m": 5, "k": 2, "task": "roll"}}, 400, "1 <= m"),
-    ({"thrifty": {"strategy": "self-consistency", "temperature": "nan"}}, 400, "finite"),
+    ({"thrifty": {"strategy": "self-consistency", "temperature": "nan"}}, 400, "needs a number"),
     ({"thrifty": {"strategy": "tldr-ts", "tau": 0}}, 400, "tau"),
     ({"thrifty": {"strategy": "majority", "task": "rol"}}, 400, "Did you mean 'roll'"),
     ({"thrifty": []}, 400, "thrifty"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -74,9 +73,6 @@ def choose(text: str, settings: Mapping[str, Any] | None = None) -> Choice:
     cls = registry.method_class(method)
     typed = fields.typed(cls, values, name)
     for key, value in typed.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-            raise ThriftyError(f"{name}: {key} must be finite")
         if type(value) is int and value < 0:
             raise ThriftyError(f"{name}: {key} is {value}, which is negative: give 0 or more")
     return Choice(name, cls(**typed), typed, reads_answers(method.path))
