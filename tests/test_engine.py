@@ -603,10 +603,14 @@ def test_a_damaged_lora_is_told_by_its_folder(tmp_path: Path, name: str, spoil: 
     (folder / name).unlink()
     if spoil is not None:
         (folder / name).write_bytes(spoil)
-    engine = LocalEngine(tiny.loaded())
+    one, ask = tiny.loaded(), Sample("2 + 2", temperature=0.0, max_tokens=12)
+    engine = LocalEngine(one)
+    before = run(engine, [ask])[0].ids.tolist()
     with pytest.raises(ThriftyError, match=said) as error:
         engine.add_adapter("valve", folder)
     assert str(folder) in str(error.value)
+    assert all(parameter.requires_grad for name, parameter in one.model.named_parameters() if "lora_" not in name)
+    assert run(LocalEngine(one), [ask])[0].ids.tolist() == before
 
 
 def test_a_limit_is_of_the_whole_response(loaded: Loaded) -> None:

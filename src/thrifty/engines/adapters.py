@@ -70,14 +70,14 @@ class Adapters:
                     f"{folder} does not fit {self.loaded.name}, or is damaged: {str(error).strip().splitlines()[0]}; "
                     "give the model that it was trained on, or save the adapter again"
                 ) from error
+            finally:  # peft has turned the new adapter on and frozen everything: leave the model as it was found
+                for layer in _lora_layers(model):
+                    layer._active_adapter = active.get(layer, [])
+                for parameter, learns in learning:
+                    parameter.requires_grad_(learns)
         # peft also warns of the adapters that were there before, which this folder does not hold.
         if any("missing adapter keys" in str(w.message) and f".{inside}." in str(w.message) for w in caught):
             raise ThriftyError(f"{folder} lacks weights that its adapter_config.json speaks of: save the adapter again")
-        # peft has turned the new adapter on and frozen everything: leave the model as it was found.
-        for layer in _lora_layers(model):
-            layer._active_adapter = active.get(layer, [])
-        for parameter, learns in learning:
-            parameter.requires_grad_(learns)
         self.names[name] = inside
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
