@@ -217,6 +217,7 @@ def test_a_plan_takes_no_more_memory_than_training(model: str, monkeypatch: pyte
     monkeypatch.setattr(loaded.model, "forward", seen)
     for length in (10, 300):
         assert _plan._per_position(loaded, length) > 0
+    assert len(shapes) == 4
     assert all(positions <= _plan.POSITIONS and kept == 1 for positions, kept in shapes)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import click
 import yaml
 
 from thrifty.contracts import Outcome, ThriftyError
+from thrifty.evidence import digest
 from thrifty.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def stage_of(label: str) -> str:
     ('single-pass', 'short-m-at-k-m=3-k=8-6c7c8d62')
     """
     name = name_of(label)
-    return name if name == label else f"{name}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return name if name == label else f"{name}-{digest(label)[:8]}"
 
 
 @contextmanager

@@ -34,8 +34,10 @@ from torch import Tensor
 
 from thrifty import registry
 from thrifty.contracts import ThriftyError
-from thrifty.engines.adapters import MOVES_THE_BASE
 from thrifty.tune.adapter import save_adapter
+
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of peft's LoRA that take something out of the base weights."""
 
 
 def register() -> None:

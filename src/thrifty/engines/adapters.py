@@ -11,12 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from thrifty.contracts import ThriftyError
+from thrifty.engines._vllm_lora import INITS
 from thrifty.engines.reader import Reader
 from thrifty.models.load import Loaded
 from thrifty.models.strength import Dial
-
-MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Starts of a LoRA that take its first values off the weights beside it, by the beginning of their names in peft."""
 
 
 class Adapters:
@@ -66,9 +64,10 @@ class Adapters:
                 else:
                     PeftModel.from_pretrained(model, str(folder), adapter_name=inside)
             except (ValueError, RuntimeError, SafetensorError) as error:  # other modules, other shapes, a torn file
+                why = str(error).strip().partition("\n")[0]
                 raise ThriftyError(
-                    f"{folder} does not fit {self.loaded.name}, or is damaged: {str(error).strip().splitlines()[0]}; "
-                    "give the model that it was trained on, or save the adapter again"
+                    f"{folder} does not fit {self.loaded.name}, or is damaged: {why}; give the model that it was "
+                    "trained on, or save the adapter again"
                 ) from error
             finally:  # peft has turned the new adapter on and frozen everything: leave the model as it was found
                 for layer in _lora_layers(model):
@@ -145,8 +144,8 @@ def _check(folder: Path, config: Any) -> None:
             f"{folder} trained more than a LoRA ({', '.join(more)}), which no strength turns: use a plain LoRA, or "
             "merge it (merge_and_unload) and give the whole model"
         )
-    start = str(getattr(config, "init_lora_weights", True)).lower()
-    if start.startswith(MOVES_THE_BASE):
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in INITS:
         raise ThriftyError(
             f"{folder} began as {start}, which changes the model's own weights when it is loaded: save it with "
             "thrifty.edges.peft.save_lora, or with peft's path_initial_model_for_weight_conversion"
