@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
@@ -25,11 +26,14 @@ from thrifty.commands import _plan
 from thrifty.contracts import Grade, Outcome, Problem, Trace, Usage
 from thrifty.engines.runner import Runner
 from thrifty.engines.scripted import ScriptedEngine
-from thrifty.lab import Setting, choose, verdict
+from thrifty.lab import Lab, Setting, choose, verdict
 from thrifty.measure import summarise
 from thrifty.models.load import load
+from thrifty.progress import Progress
+from thrifty.recipes.kimi_long2short import KimiLong2short
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.traces import store
+from thrifty.tune.adapter import lora, save_adapter
 
 FIELDS = {
     "name", "alpha", "accuracy", "accuracy_low", "accuracy_high", "completion_rate", "thought_tokens",
@@ -396,6 +400,37 @@ def test_wrong_words_are_told_before_any_work(words: tuple[str, ...], told: str,
     output = refused("run", "cot-valve", "--model", model, "--runs", tmp_path, "--name", "x", *SMALL, *words)
     assert told.lower() in output.lower()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--ways", "dpo,dpo"), "--ways is dpo,dpo: name each once"),
+        (("--ways", "rl", "--train-n", "15"), "fills no step of rl: give at least 16"),
+        (("--rl-steps", "0"), "--rl-steps is 0"),
+        (("--rl-max-tokens", "0"), "--rl-max-tokens is 0"),
+        (("--beta", "0"), "--beta is 0: give a number above 0"),
+        (("--tau", "nan"), "--tau needs a number"),
+        (("--short", "./nowhere"), "no folder ./nowhere"),
+    ],
+)
+def test_what_no_way_to_shorter_chains_can_use_is_told_first(
+    words: tuple[str, ...], told: str, model: str, tmp_path: Path
+) -> None:
+    output = refused("run", "kimi-long2short", "--model", model, "--runs", tmp_path, "--name", "x", *SMALL, *words)
+    assert told in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_ways_may_be_gone_in_any_order(tmp_path: Path) -> None:
+    """The LoRA of the first is still on the lab's model when the second begins, which merges plain ones."""
+    lab = Lab(tmp_path, "long", tasks.load("roll"), n=4, progress=Progress(quiet=True))
+    engine = lab.engine()
+    engine.add_adapter("valve", save_adapter(lora(load("long").model, rank=2), tmp_path / "adapter"))
+    merged = KimiLong2short(short="short").merged(lab)
+    plain = {name: load(name).model.state_dict() for name in ("long", "short")}
+    for name, value in merged.model.state_dict().items():
+        assert torch.allclose(value, (plain["long"][name] + plain["short"][name]) / 2, atol=1e-6)
 
 
 def test_one_setting_is_measured_once(model: str, tmp_path: Path) -> None:

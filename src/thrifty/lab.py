@@ -112,6 +112,11 @@ class Lab:
             self._models[name] = load(name, device=self.device, dtype=self.dtype)
         return self._models[name]
 
+    def fresh(self) -> Loaded:
+        """The lab's model loaded anew, to be trained; those in memory are let go, so that there is one of it."""
+        self._models.clear()
+        return load(self.model, device=self.device, dtype=self.dtype)
+
     def engine(self, model: str | Loaded | None = None, adapter: Path | None = None) -> LocalEngine:
         """A new engine on the lab's model or another, with an adapter to turn; counted by the lab's meter."""
         loaded = model if isinstance(model, Loaded) else self.loaded(model)
@@ -232,8 +237,7 @@ class Lab:
         """Train a LoRA (from ``start`` where given) on the lab's model; returns the adapter's folder. Resumes."""
 
         def make(folder: Path) -> None:
-            self._models.clear()  # a model in training and one in an engine would be two in memory
-            model = load(self.model, device=self.device, dtype=self.dtype).model
+            model = self.fresh().model
             if start is None:
                 model = lora(model, rank=rank, name=ADAPTER, seed=self.seed)
             else:

@@ -16,7 +16,6 @@ and rollouts that reach the limit are cut, not taken up again. The paper names n
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from typing import Any, Literal
 
 from thrifty.contracts import Card, Chain, Outcome, Problem, ThriftyError, Trace
 from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
-from thrifty.models.load import Loaded, load, wrap
+from thrifty.models.load import Loaded, wrap
 from thrifty.recipes._lora import LoraRecipe, tokens
 from thrifty.solve.search.single_pass import SinglePass
 from thrifty.tune.adapter import lora
@@ -70,6 +69,8 @@ CLAIM = {
 }
 
 WAYS = ("merge", "rejection", "dpo", "rl")
+QUESTIONS = 16
+"""Questions per step of rl."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class KimiLong2short(LoraRecipe):
         default=None, metadata={"help": "learning rate; none: 1e-4, 5e-4 below 10 M parameters, for dpo a fifth of it"}
     )
     beta: float = field(default=0.1, metadata={"help": "DPO's pull towards the model as it was"})
-    rl_steps: int = field(default=60, metadata={"help": "steps of rl, each with 16 questions"})
+    rl_steps: int = field(default=60, metadata={"help": f"steps of rl, each with {QUESTIONS} questions"})
     rl_max_tokens: int | None = field(
         default=None, metadata={"help": "limit of a rollout; none: what nine of ten right chains need"}
     )
@@ -98,7 +99,7 @@ class KimiLong2short(LoraRecipe):
     def passes(self, n: int) -> dict[str, int]:
         """Chains sampled and trained on, for ``--plan``."""
         tuned = len({"rejection", "dpo"} & set(self.ways)) * self.steps * self.train_batch_size
-        rollouts = ("rl" in self.ways) * self.rl_steps * 16 * self.samples
+        rollouts = ("rl" in self.ways) * self.rl_steps * QUESTIONS * self.samples
         return {
             "sampled": self.train_n * self.samples + rollouts + n * (1 + len(self.ways)),
             "trained": tuned + 2 * rollouts,
@@ -109,10 +110,20 @@ class KimiLong2short(LoraRecipe):
         wrong = set(self.ways) - set(WAYS)
         if wrong or not self.ways:
             raise ThriftyError(f"ways are {', '.join(WAYS)}, not {', '.join(sorted(wrong)) or 'none'}")
+        if len(set(self.ways)) < len(self.ways):
+            raise ThriftyError(f"--ways is {','.join(self.ways)}: name each once")
         if self.ways == ("merge",) and self.short is None:
             raise ThriftyError("merge is of two models: give --short, a short model of the same architecture")
         if self.samples < 2:
             raise ThriftyError(f"--samples is {self.samples}: give at least 2, chains are compared")
+        if "rl" in self.ways and self.train_n < QUESTIONS:
+            raise ThriftyError(f"--train-n is {self.train_n}, which fills no step of rl: give at least {QUESTIONS}")
+        for name in ("rl_steps", "rl_max_tokens"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ThriftyError(f"--{name.replace('_', '-')} is {number}: give at least 1")
+        for name in ("beta", "tau"):
+            if not getattr(self, name) > 0:
+                raise ThriftyError(f"--{name} is {getattr(self, name):g}: give a number above 0")
         if self.ratio < 1:
             raise ThriftyError(f"--ratio is {self.ratio:g}: give at least 1, how much longer a right chain is")
         if self.short is not None:
@@ -141,10 +152,10 @@ class KimiLong2short(LoraRecipe):
 
     def merged(self, lab: Lab) -> Loaded:
         """The model halfway to ``short``."""
-        here, there = lab.loaded(), lab.loaded(self.short)
-        model = copy.deepcopy(here.model)
-        model.load_state_dict(Average().merge([here.model.state_dict(), there.model.state_dict()]))
-        return wrap(model, here.tokenizer, f"{lab.model} + {self.short}")
+        # The lab's own may carry LoRAs by now, which the short one has not.
+        here, there = lab.fresh(), lab.loaded(self.short)
+        here.model.load_state_dict(Average().merge([here.model.state_dict(), there.model.state_dict()]))
+        return wrap(here.model, here.tokenizer, f"{lab.model} + {self.short}")
 
     def tuned(self, lab: Lab, way: str) -> Path:
         """Folder of the LoRA that rejection, dpo or rl trains."""
@@ -178,7 +189,7 @@ class KimiLong2short(LoraRecipe):
         def make(folder: Path) -> None:
             data = Shuffled(pairs, settings.batch_size, lab.seed)
             with lab.progress.bar("dpo", self.steps) as bar:
-                train(self._with_lora(lab), data, settings, folder, DPO(self.beta), meter=lab.meter,
+                train(self._with_lora(lab).model, data, settings, folder, DPO(self.beta), meter=lab.meter,
                       progress=lambda done, of, line: bar.advance(1))  # fmt: skip
 
         return lab.once("dpo", make) / "adapter"
@@ -193,13 +204,12 @@ class KimiLong2short(LoraRecipe):
             limit = lengths[int(0.9 * (len(lengths) - 1))]
         rate = lab.training(1, 1, self.lr).lr
         settings = Rollout(
-            steps=self.rl_steps, problems=16, samples=self.samples, minibatches=2, max_tokens=limit, lr=rate,
+            steps=self.rl_steps, problems=QUESTIONS, samples=self.samples, minibatches=2, max_tokens=limit, lr=rate,
             seed=lab.seed, save_every=20, aggregate=constant_length, batch=lab.batch_size,
         )  # fmt: skip
 
         def make(folder: Path) -> None:
-            base = lab.loaded()
-            loaded = replace(base, model=self._with_lora(lab))
+            loaded = self._with_lora(lab)
             with lab.progress.bar("rl", self.rl_steps) as bar:
                 rollout(
                     loaded, lab.task, lab.problems("train", self.train_n), settings, folder,
@@ -229,9 +239,9 @@ class KimiLong2short(LoraRecipe):
             found.append((outcome, outcome.tried[best], [outcome.tried[i] for i in others]))
         return found
 
-    def _with_lora(self, lab: Lab) -> Any:
-        model = load(lab.model, device=lab.device, dtype=lab.dtype).model
-        return lora(model, rank=self.rank, name=ADAPTER, seed=lab.seed)
+    def _with_lora(self, lab: Lab) -> Loaded:
+        fresh = lab.fresh()
+        return replace(fresh, model=lora(fresh.model, rank=self.rank, name=ADAPTER, seed=lab.seed))
 
 
 def choose(right: Sequence[bool], lengths: Sequence[int], ratio: float) -> tuple[int, list[int]]:

@@ -24,7 +24,6 @@ from thrifty.contracts import Card, Chain, Engine, Outcome, Problem, Strategy, T
 from thrifty.fields import made, part, split
 from thrifty.files import write_json
 from thrifty.lab import ADAPTER, Lab, Report, Setting, verdict
-from thrifty.models.load import load
 from thrifty.recipes._lora import LoraRecipe, tokens
 from thrifty.tune.adapter import load_adapter, lora
 from thrifty.tune.answers import Samples
@@ -232,8 +231,7 @@ class SFT(LoraRecipe):
         settings = lab.training(self.steps, self.train_batch_size, self.lr)
 
         def make(folder: Path) -> None:
-            lab._models.clear()  # a model in training and one in an engine would be two in memory
-            loaded = load(lab.model, device=lab.device, dtype=lab.dtype)
+            loaded = lab.fresh()
             count = _Count(folder / "trained.json", sum(p.numel() for p in loaded.model.parameters()))
             model = loaded.model if self.hook else self._adapted(lab, loaded.model, documents, settings)
             hooks = [self._part("hook", seed=lab.seed), count] if self.hook else [count]
@@ -270,8 +268,7 @@ class SFT(LoraRecipe):
             return lab.engine(model=str(trained)), None
         if _plain(trained):
             return lab.engine(adapter=trained), {ADAPTER: 1.0}
-        lab._models.clear()  # as above
-        loaded = load(lab.model, device=lab.device, dtype=lab.dtype)
+        loaded = lab.fresh()
         folded = self._part("adapter").fold(load_adapter(loaded.model, trained, name=ADAPTER))
         return lab.engine(model=replace(loaded, model=folded)), None
 
