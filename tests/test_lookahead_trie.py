@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from asked import run
 from thrifty.contracts import First, Problem, Sample
 from thrifty.decode.accelerate._trie import Draft, Trie
 from thrifty.decode.accelerate.lookahead_trie import (
@@ -28,15 +29,6 @@ PROMPTS = [f"roll {i % 5} then add {i % 3}" for i in range(18)]
 @pytest.fixture(scope="module")
 def loaded():
     return replace(tiny.loaded(), eos=frozenset({7}))
-
-
-def run(engine, requests):
-    for ticket, request in enumerate(requests):
-        engine.submit(ticket, request, (ticket,))
-    answers = {}
-    while len(answers) < len(requests):
-        answers.update(engine.poll())
-    return [answers[i] for i in range(len(requests))]
 
 
 def rate(meter):

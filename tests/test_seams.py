@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 import tiny
+from asked import run
 from thrifty.contracts import All, Budget, Card, First, Hidden, Problem, Sample, Score, ThriftyError, Trace, Usage
 from thrifty.engines.local import LocalEngine
 from thrifty.engines.runner import Runner
@@ -178,15 +179,6 @@ class Drafts:
 @pytest.fixture(scope="module")
 def loaded():
     return replace(tiny.loaded(), eos=frozenset())
-
-
-def run(engine, requests):
-    for ticket, request in enumerate(requests):
-        engine.submit(ticket, request, (ticket,))
-    answers = {}
-    while len(answers) < len(requests):
-        answers.update(engine.poll())
-    return [answers[i] for i in range(len(requests))]
 
 
 def test_a_decoder_only_says_what_comes_next_and_the_engine_ends_its_rows(loaded):
