@@ -21,7 +21,7 @@ from thrifty.tune.credit import GroupRelative, centred, constant_length, normali
 from thrifty.tune.objective.clipped import Clipped
 from thrifty.tune.objective.mirror_descent import MirrorDescent
 from thrifty.tune.reward.grpo_lambda import GrpoLambda
-from thrifty.tune.reward.pear import Pear, phases
+from thrifty.tune.reward.pear import Pear, phases, premise
 from thrifty.tune.reward.relative_length import RelativeLength
 from thrifty.tune.reward.right import Right
 from thrifty.tune.rollout import Rollout, rollout
@@ -127,6 +127,16 @@ def test_an_unclosed_chain_is_all_thought():
     trace = Trace(np.arange(2), "", "", False, "length", spans=(Span(0, 2, "thought"),), entropies=entropies)
     think, answer = phases(trace)
     assert (think.tolist(), answer.tolist()) == ([0.5, 1.5], [])
+
+
+def test_the_premise_compares_answers_to_one_problem():
+    # over all five answers the uncertain ones are the long ones; within each problem it is the other way round
+    one, other = ([0.1, 0.2], [0.0, 0.0], [12, 10]), ([0.8, 0.9, 0.7], [0.3, 0.3, 0.3], [90, 80, 100])
+    found = premise([one, ([], [], []), other])
+    assert found["entropy goes with length"] == pytest.approx(-(0.1 + 2.0) / (0.025 * 202) ** 0.5)
+    assert found["thinking is less certain than answering"] == pytest.approx((0.15 + 0.5) / 2)
+    assert premise([([0.5], [0.1], [7])])["entropy goes with length"] == 0.0
+    assert set(premise([]).values()) == {0.0}
 
 
 def test_traces_without_entropies_are_refused():
