@@ -523,7 +523,11 @@ def test_the_command_runs_what_is_missing_with_the_controls_it_needs(project, mo
     assert [(r["control"], r["verdict"] == "shown") for r in runs] == [(None, True), ("placebo", False)]
     assert CliRunner().invoke(main, ["--all"]).exit_code == 0
     assert len(evidence.read(Path("results/surest.jsonl"))) == 2
-    assert CliRunner().invoke(main, ["--all", "--plan"]).output.split()[:2] == ["surest", "done"]
+    older = {**runs[0], "control": "oracle", "code": "older", "seconds": 6000.0}
+    path = Path("results/surest.jsonl")
+    path.write_text(json.dumps(older) + "\n" + path.read_text())
+    planned = CliRunner().invoke(main, ["--all", "--plan"]).output
+    assert planned.split()[:4] == ["surest", "done", "0", "min"], "what its code took, not what an earlier one did"
     smoke = CliRunner().invoke(main, ["surest", "--scale", "smoke"])
     assert "no verdict" in smoke.output
 

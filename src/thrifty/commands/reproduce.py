@@ -122,9 +122,9 @@ def _left(
 
 
 def _took(claim: _Runs, scale: str) -> float:
-    """Seconds of the claim and its controls when they last ran; infinity if they never did."""
+    """Seconds of the claim and its controls when its code last ran; infinity if it never did."""
     ended = [r for r in evidence.read(claim.path) if r["scale"] == scale and not r.get("error")]
-    took = {r["control"]: r["seconds"] for r in ended}
+    took = {r["control"]: r["seconds"] for r in ended if r["code"] == ended[-1]["code"]}
     return sum(took.get(control, 0.0) for control in (None, "placebo", "oracle")) if took else math.inf
 
 
