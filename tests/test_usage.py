@@ -22,7 +22,7 @@ from thrifty.tune.adapter import lora, save_adapter
 torch.set_num_threads(1)
 METHODS = registry.methods(plugins=False)
 SMALL = ("--n", "2", "--max-tokens", "8", "--batch-size", "64")
-SIZES = {"train_n": 8, "steps": 1, "train_batch_size": 4, "problems": 2}
+SIZES = {"train_n": 16, "steps": 1, "train_batch_size": 4, "problems": 2}
 
 
 def thrifty(*words: object) -> Result:
