@@ -32,7 +32,7 @@ from thrifty.contracts import Problem
 from thrifty.controls import RandomDirections
 from thrifty.models.load import load
 from thrifty.tasks import embedded
-from thrifty.tune.adapter._peft import linears
+from thrifty.tune.adapter._peft import NAME, linears
 from thrifty.tune.adapter.pissa import CLAIM, PiSSA, start
 from thrifty.tune.adapter.plain_lora import PlainLora
 from thrifty.tune.batches import examples
@@ -40,6 +40,7 @@ from thrifty.tune.skill import chains, measured
 from thrifty.tune.supervised import Train, train
 
 STEPS, EARLY = 150, 50
+TUNING = 10_000  # the seed at which rates are chosen
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Slice:
     at: float
     principal_values: bool = False
 
-    def attach(self, model: Any) -> Any:
+    def attach(self, model: Any, batches: Any = ()) -> Any:
         model = PiSSA(rank=self.rank).attach(model)
         for layer in [m for m in model.modules() if len(getattr(m, "lora_A", ()))]:
-            down, up = layer.lora_A["valve"].weight, layer.lora_B["valve"].weight
+            down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
             with torch.no_grad():
                 base = layer.get_base_layer().weight
                 base += up @ down
@@ -82,7 +83,7 @@ def learnt(method: Any, lr: float, seed: int, test: list[Problem]) -> dict[str, 
     """How one training went."""
     loaded = load(str(assets.find(CLAIM["student"])))
     practice = embedded.task("roll").problems("train", 2000, seed, CLAIM["levels"])
-    model = method.attach(loaded.model, ()) if isinstance(method, RandomDirections) else method.attach(loaded.model)
+    model = method.attach(loaded.model, ())
     with tempfile.TemporaryDirectory() as folder:
         settings = Train(steps=STEPS, batch_size=32, lr=lr, seed=seed)
         result = train(model, examples(chains(practice), loaded.chat), settings, Path(folder))
@@ -123,13 +124,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=400, help="held-out chains per seed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    task = embedded.task("roll")
+    task, levels = embedded.task("roll"), CLAIM["levels"]
+    dev, test = task.problems("dev", 16, 0, levels), task.problems("test", arguments.n, 1, levels)
     columns = ("early loss", "first gradient", "gradient by then", "right")
     print(f"{'start':<34}{'lr':>8}" + "".join(f"{c:>18}" for c in columns) + "   early losses")
     for name, make in starts(arguments.rank).items():
-        trial, dev = 10_000, task.problems("dev", 16, 0, CLAIM["levels"])
-        lr = min(CLAIM["grid"]["lr"], key=lambda lr: learnt(make(trial), lr, trial, dev)["early loss"])
-        test = task.problems("test", arguments.n, 1, CLAIM["levels"])
+        lr = min(CLAIM["grid"]["lr"], key=lambda lr: learnt(make(TUNING), lr, TUNING, dev)["early loss"])
         runs = [learnt(make(seed), lr, seed, test) for seed in range(arguments.seeds)]
         means = [statistics.mean(run[c] for run in runs) for c in columns]
         each = " ".join(f"{run['early loss']:.3f}" for run in runs)
